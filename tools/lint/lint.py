@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -76,9 +77,22 @@ class Lint:
 
     def cpp(self) -> bool:
         """clang-format over C++ and CUDA."""
-        mode = ["-i"] if self.fix else ["--dry-run", "--Werror"]
+        files = self._only(tree_checks.is_cpp)
         command = lint_tools.python_tools().clang_format
-        return self._call([*command, *mode], self._only(tree_checks.is_cpp))
+        if self.fix or not files:
+            return self._call([*command, "-i"], files)
+        # Its own report is three lines for each blank; a line number for each place says as much.
+        command = [*command, "--dry-run", "--Werror", *map(str, files)]
+        done = subprocess.run(command, cwd=self.root, capture_output=True, text=True, check=False)
+        places: dict[str, list[str]] = {}
+        for name, line in re.findall(r"^(\S+?):(\d+):\d+: ", done.stderr, re.MULTILINE):
+            if line not in places.setdefault(name, []):
+                places[name].append(line)
+        for name, lines in places.items():
+            print(f"{name}: not formatted at line {', '.join(lines[:12])}; --fix does it")
+        if done.returncode != 0 and not places:
+            print(done.stderr)
+        return done.returncode == 0
 
     def python(self) -> bool:
         """Ruff, its linter and its formatter."""
