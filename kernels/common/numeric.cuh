@@ -1,0 +1,59 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Conversions between 16-bit storage and float32 arithmetic.
+
+#ifndef KERNELS_COMMON_NUMERIC_CUH_
+#define KERNELS_COMMON_NUMERIC_CUH_
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include <cstdint>
+
+#include "moe/problem.h"
+
+namespace moe {
+
+__device__ inline uint32_t PackPair(float lo, float hi, __half) {
+  const __half2 pair = __floats2half2_rn(lo, hi);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ inline uint32_t PackPair(float lo, float hi, __nv_bfloat16) {
+  const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
+  return reinterpret_cast<const uint32_t&>(pair);
+}
+
+// `Count` consecutive values at `base[index...]`, whose dtype is known only at run time (biases
+// and scales: read once a tile, so a uniform branch costs less than another kernel would).
+// base + index is aligned to Count values.
+template <int Count>
+__device__ inline void LoadAsFloat(const void* base, int64_t index, DType dtype,
+                                   float (&out)[Count]) {
+  static_assert(Count == 2 || Count == 4 || Count == 8, "one or two vector loads");
+  if (dtype == DType::kFloat32) {
+    const float2* p = reinterpret_cast<const float2*>(static_cast<const float*>(base) + index);
+#pragma unroll
+    for (int i = 0; i < Count / 2; ++i) {
+      const float2 v = __ldg(p + i);
+      out[2 * i] = v.x;
+      out[2 * i + 1] = v.y;
+    }
+    return;
+  }
+  const uint32_t* p =
+      reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(base) + index);
+#pragma unroll
+  for (int i = 0; i < Count / 2; ++i) {
+    const uint32_t word = __ldg(p + i);
+    const float2 v = dtype == DType::kFloat16
+                         ? __half22float2(reinterpret_cast<const __half2&>(word))
+                         : __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
+    out[2 * i] = v.x;
+    out[2 * i + 1] = v.y;
+  }
+}
+
+}  // namespace moe
+
+#endif  // KERNELS_COMMON_NUMERIC_CUH_

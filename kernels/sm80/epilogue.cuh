@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From float32 accumulators to the output: channel scales, bias, activation, row scale, one
+// rounding to 16 bits, stores of up to 16 bytes straight from registers.
+
+#ifndef KERNELS_SM80_EPILOGUE_CUH_
+#define KERNELS_SM80_EPILOGUE_CUH_
+
+#include <cstdint>
+
+#include "kernels/common/activation.cuh"
+#include "kernels/common/numeric.cuh"
+#include "kernels/sm80/scheduler.cuh"
+#include "kernels/sm80/traits.cuh"
+
+namespace moe::sm80 {
+
+// Scale and bias of kVector adjacent weight rows.
+template <int kVector>
+struct Channels {
+  float scale[kVector];
+  float bias[kVector];
+
+  __device__ Channels(const GroupedGemm& gemm, int64_t first) {
+#pragma unroll
+    for (int v = 0; v < kVector; ++v) {
+      scale[v] = 1.0f;
+      bias[v] = 0.0f;
+    }
+    if (gemm.weight_scales != nullptr) {
+      LoadAsFloat(gemm.weight_scales, first, gemm.weight_scale_dtype, scale);
+    }
+    if (gemm.bias != nullptr) LoadAsFloat(gemm.bias, first, gemm.bias_dtype, bias);
+  }
+
+  __device__ float operator()(int v, float sum) const { return sum * scale[v] + bias[v]; }
+};
+
+template <int kVector, typename Element>
+__device__ inline void StoreRow(Element* out, const float (&value)[kVector]) {
+  uint32_t words[kVector / 2];
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) {
+    words[i] = PackPair(value[2 * i], value[2 * i + 1], Element{});
+  }
+  if constexpr (kVector == 8) {
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (kVector == 4) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
+  } else {
+    static_assert(kVector == 2, "a store is 4, 8 or 16 bytes");
+    *reinterpret_cast<uint32_t*>(out) = words[0];
+  }
+}
+
+template <typename T, typename Accumulators>
+__device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Accumulators& acc) {
+  using Columns = typename T::Columns;
+  using Element = typename T::Element;
+  constexpr int kVector = Columns::kVector;
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  const int first_row = warp / T::kTile.warps_n * T::kWarpM + lane / 4;
+  const int first_column = item.column + warp % T::kTile.warps_n * Columns::kWarpColumns +
+                           lane % 4 * kVector;
+
+  float row_scale[T::kMmaM][2];
+#pragma unroll
+  for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+    for (int half = 0; half < 2; ++half) {
+      row_scale[m][half] = 1.0f;
+      const int row = first_row + m * 16 + half * 8;
+      if (gemm.slot_scales != nullptr && row < item.rows) {
+        row_scale[m][half] = __ldg(gemm.slot_scales + __ldg(gemm.row_slot + item.row_begin + row));
+      }
+    }
+  }
+
+  DispatchActivation<T::kGated>(gemm.activation, [&](auto tag) {
+    constexpr Activation kActivation = decltype(tag)::value;
+    [[maybe_unused]] const ActivationScalars scalars =
+        T::kGated ? LoadActivationScalars(gemm, item.expert) : ActivationScalars{};
+#pragma unroll
+    for (int group = 0; group < Columns::kGroups; ++group) {
+      const int column = first_column + group * 8 * Columns::kGroup;
+      // columns is a multiple of 8, so a vector is inside or outside as a whole.
+      if (column >= gemm.columns) continue;
+      const int64_t expert_row = static_cast<int64_t>(item.expert) * Columns::kHalves;
+      const Channels<kVector> up(gemm, expert_row * gemm.columns + column);
+      const Channels<kVector> gate(
+          gemm, (expert_row + Columns::kHalves - 1) * gemm.columns + column);
+      const int block = group * Columns::kGroup * Columns::kHalves;
+#pragma unroll
+      for (int m = 0; m < T::kMmaM; ++m) {
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          const int row = first_row + m * 16 + half * 8;
+          if (row >= item.rows) continue;
+          float value[kVector];
+#pragma unroll
+          for (int v = 0; v < kVector; ++v) {
+            const int n = block + v / 2;
+            const int c = half * 2 + v % 2;
+            if constexpr (T::kGated) {
+              value[v] = ApplyGated<kActivation>(gate(v, acc[m][n + Columns::kGroup][c]),
+                                                 up(v, acc[m][n][c]), scalars);
+            } else {
+              value[v] = row_scale[m][half] * Apply<kActivation>(up(v, acc[m][n][c]));
+            }
+          }
+          StoreRow(static_cast<Element*>(gemm.out) +
+                       static_cast<int64_t>(item.row_begin + row) * gemm.columns + column,
+                   value);
+        }
+      }
+    }
+  });
+}
+
+}  // namespace moe::sm80
+
+#endif  // KERNELS_SM80_EPILOGUE_CUH_

@@ -1,0 +1,110 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Grouped GEMM for Ampere: cp.async, ldmatrix, mma.sync. What it computes is in
+// moe/grouped_gemm.h; this file is the kernel, and is compiled once for each
+//
+//     MOE_TILE      index into kTiles
+//     MOE_DTYPE     kFloat16 or kBFloat16
+//     MOE_QUANTIZED 0: weights have the input's dtype; 1: int8 or uint8
+//
+// A tile of one expert, m rows by n weight rows:
+//
+//                      weights[e] (K-major), n rows: for a gated activation
+//                      half of them up rows, half the gate rows of the same outputs
+//                      +--------------------+
+//                      |    B [n][k]        |     a stage: A [m][k] and B [n][k] for 64 or
+//     gathered         +--------------------+     128 values of k, swizzled; 3 to 6 stages
+//     rows of A        +--------------------+
+//     +--------+       | warp | warp | ...  |     each warp: kMmaM x kMmaN mma.m16n8k16
+//     | [m][k] |       +------+------+      |     accumulators in registers, float32
+//     +--------+       | warp |      |      |
+//                      +--------------------+
+//
+// The loop is flat over (tile, part of k) steps. Each step waits for its stage, lets every warp
+// pass a barrier (after which the stage consumed one step ago is free), and then starts the copies
+// for the step kStages - 1 ahead between its own mmas, whichever tile that step belongs to.
+//
+// What bounds it. Few rows an expert: DRAM; an SM must keep 32 KiB or more in flight, which
+// (kStages - 1) stages of the resident blocks do. Many rows: the issue rate of mma.sync; a
+// 64x64 warp tile reads 4 KiB of shared memory for 32 mmas, half of what the banks can give.
+
+#include <cute/arch/copy_sm80.hpp>
+
+#include "kernels/sm80/epilogue.cuh"
+#include "kernels/sm80/grouped_gemm.h"
+#include "kernels/sm80/loader.cuh"
+#include "kernels/sm80/mainloop.cuh"
+#include "kernels/sm80/scheduler.cuh"
+#include "kernels/sm80/traits.cuh"
+
+namespace moe::sm80 {
+
+template <typename T>
+__global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
+    GroupedGemmKernel(const __grid_constant__ GroupedGemm gemm) {
+  extern __shared__ __align__(128) char shared[];
+
+  const Scheduler<T::kTile.m, T::kTileColumns> schedule(gemm);
+  Loader<T> loader(gemm, schedule, static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
+  const Mainloop<T> mainloop(shared,
+                             gemm.weight_format == WeightFormat::kUint8 ? 0x80808080u : 0u);
+  const int k_tiles = (gemm.k + T::kTile.k - 1) / T::kTile.k;
+  const int warp_row = threadIdx.x / 32 / T::kTile.warps_n * T::kWarpM;
+
+#pragma unroll
+  for (int s = 0; s < T::kStages - 1; ++s) {
+    loader.template Issue<0, 1>();
+    loader.Advance();
+    cute::cp_async_fence();
+  }
+
+  int stage = 0;
+  for (int32_t work = blockIdx.x; work < schedule.work_items; work += gridDim.x) {
+    const WorkItem item = schedule.Decode(work);
+    const int active = min(T::kMmaM, max(0, (item.rows - warp_row + 15) / 16));
+    typename Mainloop<T>::Accumulators acc = {};
+    for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
+      cute::cp_async_wait<T::kStages - 2>();
+      __syncthreads();
+      mainloop.Run(stage, active, acc, [&](auto step) {
+        loader.template Issue<decltype(step)::value, T::kMmaK>();
+      });
+      loader.Advance();
+      cute::cp_async_fence();
+      stage = stage + 1 == T::kStages ? 0 : stage + 1;
+    }
+    Epilogue<T>(gemm, item, acc);
+  }
+}
+
+namespace {
+
+template <typename T>
+cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
+  const cudaError_t status = cudaFuncSetAttribute(
+      GroupedGemmKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedMemory);
+  if (status != cudaSuccess) return status;
+  const int64_t column_tiles = (gemm.columns + T::kTileColumns - 1) / T::kTileColumns;
+  const int64_t work_items = gemm.max_row_tiles * column_tiles;
+  const unsigned grid = static_cast<unsigned>(work_items < blocks ? work_items : blocks);
+  GroupedGemmKernel<T><<<grid, T::kThreads, T::kSharedMemory, stream>>>(gemm);
+  return cudaGetLastError();
+}
+
+template <DType kDType>
+using ElementOf = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfloat16>;
+
+}  // namespace
+
+template <int kTileIndex, DType kDType, bool kQuantized>
+cudaError_t LaunchGroupedGemm(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
+  using Element = ElementOf<kDType>;
+  return IsGated(gemm.activation)
+             ? Launch<Traits<kTileIndex, Element, kQuantized, true>>(gemm, blocks, stream)
+             : Launch<Traits<kTileIndex, Element, kQuantized, false>>(gemm, blocks, stream);
+}
+
+template cudaError_t LaunchGroupedGemm<MOE_TILE, DType::MOE_DTYPE, MOE_QUANTIZED != 0>(
+    const GroupedGemm&, int, cudaStream_t);
+
+}  // namespace moe::sm80

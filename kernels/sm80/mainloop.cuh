@@ -1,0 +1,187 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The consumer half: one stage of shared memory times mma.m16n8k16 into float32 accumulators.
+//
+// 16-bit weights: ldmatrix gives the fragments of both operands as the instruction wants them.
+//
+// 8-bit weights: ldmatrix moves bytes in units of 16 bits, so lane quad q receives bytes
+// 4q .. 4q+3 of a row's 16, where mma wants k = 2q, 2q+1, 2q+8, 2q+9. The order of k inside a
+// block of 16 is free as long as both operands agree, so A is read in the order of the bytes: an
+// 8-byte load gives quad q its elements 4q .. 4q+3. No prepacked weights, no shuffles.
+
+#ifndef KERNELS_SM80_MAINLOOP_CUH_
+#define KERNELS_SM80_MAINLOOP_CUH_
+
+#include <cstdint>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
+
+#include "kernels/common/dequantize.cuh"
+#include "kernels/sm80/traits.cuh"
+
+namespace moe::sm80 {
+
+template <typename Element>
+using Mma = std::conditional_t<std::is_same_v<Element, __half>,
+                               cute::SM80_16x8x16_F32F16F16F32_TN,
+                               cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+
+__device__ inline void Ldmatrix4(const char* shared, uint32_t (&r)[4]) {
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared), r[0], r[1],
+                                r[2], r[3]);
+}
+
+// Fragments of one k16 step of a warp.
+template <typename T>
+struct Fragments {
+  uint32_t a[T::kMmaM][4];
+  // 16-bit weights: the two registers of each 8-column block. 8-bit: four bytes of each.
+  uint32_t b[T::kMmaN][T::kQuantized ? 1 : 2];
+};
+
+template <typename T>
+class Mainloop {
+ public:
+  using Accumulators = float[T::kMmaM][T::kMmaN][4];
+
+  // weight_flip: see DequantizeBytes.
+  __device__ Mainloop(const char* shared, uint32_t weight_flip)
+      : shared_(shared), weight_flip_(weight_flip) {
+    const int lane = threadIdx.x % 32;
+    const int warp = threadIdx.x / 32;
+    const int first_row = warp / T::kTile.warps_n * T::kWarpM;
+    const int first_column = warp % T::kTile.warps_n * T::kWarpN;
+    if constexpr (T::kQuantized) {
+      // 8-byte loads: lane = 4 * row + quad.
+      const int row = lane / 4;
+      offset_a_ = (first_row + row) * T::kRowBytesA + lane % 4 * 8;
+      swizzle_a_ = PairSwizzle(row) * 16;
+      // Lanes 8j .. 8j+7 address the rows of 8-column block j (of 4, or 2 for narrow warps).
+      const int n = T::kMmaN >= 4 ? lane : lane % 16;
+      offset_b_ = T::kBytesA + (first_column + n) * T::kRowBytesB;
+      swizzle_b_ = LdmatrixSwizzle<T::kRowBytesB>(n) * 16;
+    } else {
+      // Matrices in the order (rows 0-7, k 0-7), (rows 8-15, k 0-7), (0-7, 8-15), (8-15, 8-15).
+      const int row = lane % 16;
+      offset_a_ = (first_row + row) * T::kRowBytesA;
+      swizzle_a_ = (LdmatrixSwizzle<T::kRowBytesA>(row) ^ lane / 16) * 16;
+      // (block 0, k 0-7), (block 0, k 8-15), (block 1, k 0-7), (block 1, k 8-15).
+      const int n = lane % 8 + lane / 16 * 8;
+      offset_b_ = T::kBytesA + (first_column + n) * T::kRowBytesB;
+      swizzle_b_ = (LdmatrixSwizzle<T::kRowBytesB>(n) ^ lane / 8 % 2) * 16;
+    }
+  }
+
+  // Multiplies a stage. `active` is how many of the warp's 16-row blocks hold rows; `between`
+  // is called with std::integral_constant<int, step> before the mmas of each k16 step.
+  template <typename Between>
+  __device__ void Run(int stage, int active, Accumulators& acc, Between&& between) const {
+    // Partly filled tiles skip the empty 16-row blocks. They take a path of their own, so that
+    // full tiles keep a loop without branches.
+    if (active == T::kMmaM) {
+      Steps<true>(stage, active, acc, between);
+    } else {
+      Steps<false>(stage, active, acc, between);
+    }
+  }
+
+ private:
+  template <bool kFull, typename Between>
+  __device__ void Steps(int stage, int active, Accumulators& acc, Between& between) const {
+    const char* base = shared_ + stage * T::kStageBytes;
+    Fragments<T> fragments[2];  // loads run one step ahead
+    Load<kFull>(base, 0, active, fragments[0]);
+    Unrolled<kFull, 0>(base, active, acc, fragments, between);
+  }
+
+  template <bool kFull, int kStep, typename Between>
+  __device__ void Unrolled(const char* base, int active, Accumulators& acc,
+                           Fragments<T> (&fragments)[2], Between& between) const {
+    if constexpr (kStep < T::kMmaK) {
+      if constexpr (kStep + 1 < T::kMmaK) {
+        Load<kFull>(base, kStep + 1, active, fragments[(kStep + 1) % 2]);
+      }
+      between(std::integral_constant<int, kStep>{});
+      Multiply<kFull>(active, fragments[kStep % 2], acc);
+      Unrolled<kFull, kStep + 1>(base, active, acc, fragments, between);
+    }
+  }
+
+  template <bool kFull>
+  __device__ void Load(const char* base, int step, int active, Fragments<T>& f) const {
+#pragma unroll
+    for (int m = 0; m < T::kMmaM; ++m) {
+      if (!kFull && m >= active) continue;
+      const char* block = base + offset_a_ + m * 16 * T::kRowBytesA;
+      if constexpr (T::kQuantized) {
+        const char* p = block + (step * 32 ^ swizzle_a_);
+        const uint2 upper = *reinterpret_cast<const uint2*>(p);
+        const uint2 lower = *reinterpret_cast<const uint2*>(p + 8 * T::kRowBytesA);
+        f.a[m][0] = upper.x;
+        f.a[m][1] = lower.x;
+        f.a[m][2] = upper.y;
+        f.a[m][3] = lower.y;
+      } else {
+        Ldmatrix4(block + (step * 32 ^ swizzle_a_), f.a[m]);
+      }
+    }
+    if constexpr (T::kQuantized && T::kMmaN >= 4) {
+      static_assert(T::kMmaN % 4 == 0, "four 8-column blocks a load");
+#pragma unroll
+      for (int n = 0; n < T::kMmaN; n += 4) {
+        uint32_t r[4];
+        Ldmatrix4(base + offset_b_ + n * 8 * T::kRowBytesB + (step * 16 ^ swizzle_b_), r);
+#pragma unroll
+        for (int j = 0; j < 4; ++j) f.b[n + j][0] = r[j];
+      }
+    } else if constexpr (T::kQuantized) {
+      static_assert(T::kMmaN == 2, "two 8-column blocks");
+      const char* p = base + offset_b_ + (step * 16 ^ swizzle_b_);
+      cute::SM75_U32x2_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(p), f.b[0][0],
+                                    f.b[1][0]);
+    } else {
+#pragma unroll
+      for (int n = 0; n < T::kMmaN; n += 2) {
+        uint32_t r[4];
+        Ldmatrix4(base + offset_b_ + n * 8 * T::kRowBytesB + (step * 32 ^ swizzle_b_), r);
+        f.b[n][0] = r[0];
+        f.b[n][1] = r[1];
+        f.b[n + 1][0] = r[2];
+        f.b[n + 1][1] = r[3];
+      }
+    }
+  }
+
+  template <bool kFull>
+  __device__ void Multiply(int active, const Fragments<T>& f, Accumulators& acc) const {
+#pragma unroll
+    for (int n = 0; n < T::kMmaN; ++n) {
+      uint32_t b[2];
+      if constexpr (T::kQuantized) {
+        DequantizeBytes(f.b[n][0], weight_flip_, typename T::Element{}, b);
+      } else {
+        b[0] = f.b[n][0];
+        b[1] = f.b[n][1];
+      }
+#pragma unroll
+      for (int m = 0; m < T::kMmaM; ++m) {
+        if (!kFull && m >= active) continue;
+        float(&c)[4] = acc[m][n];
+        Mma<typename T::Element>::fma(c[0], c[1], c[2], c[3], f.a[m][0], f.a[m][1], f.a[m][2],
+                                      f.a[m][3], b[0], b[1], c[0], c[1], c[2], c[3]);
+      }
+    }
+  }
+
+  const char* shared_;
+  uint32_t weight_flip_;
+  int offset_a_;   // of the lane's first row in a stage
+  int swizzle_a_;  // bytes to exclusive-or into the position within that row
+  int offset_b_;
+  int swizzle_b_;
+};
+
+}  // namespace moe::sm80
+
+#endif  // KERNELS_SM80_MAINLOOP_CUH_

@@ -1,0 +1,107 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Everything about a kernel that is known at compile time: shapes, the shared-memory picture and
+// the order in which weight rows lie in a tile.
+
+#ifndef KERNELS_SM80_TRAITS_CUH_
+#define KERNELS_SM80_TRAITS_CUH_
+
+#include <cstdint>
+
+#include "kernels/sm80/tiles.h"
+
+namespace moe::sm80 {
+
+// Which weight row (as an output column) lies at row n of a tile's B operand.
+//
+// mma.m16n8k16 leaves a thread two adjacent columns of every 8-column block. Stored like that, a
+// row would be written 4 bytes at a time. Since rows of B may lie in shared memory in any order,
+// kGroup consecutive blocks share 8 * kGroup columns so that lane quad q holds kVector =
+// 2 * kGroup adjacent ones: up to 16 bytes a store, with no trip through shared memory.
+//
+// For a gated activation, kGroup blocks of up rows are followed by the kGroup blocks of their
+// gate rows: both accumulators of an output value are in the same thread.
+template <int kWarpN, bool kGated>
+struct ColumnMap {
+  static constexpr int kBlocks = kWarpN / 8;
+  static constexpr int kHalves = kGated ? 2 : 1;
+  static constexpr int kGroup = kBlocks / kHalves < 4 ? kBlocks / kHalves : 4;
+  static constexpr int kGroups = kBlocks / (kGroup * kHalves);
+  static constexpr int kVector = 2 * kGroup;
+  static constexpr int kWarpColumns = kWarpN / kHalves;
+  static_assert(kBlocks % (kGroup * kHalves) == 0, "groups must tile the warp's columns");
+
+  // Both are linear in the bits of n: Column(a | b) = Column(a) + Column(b) for disjoint a, b,
+  // which lets a thread split the row it loads into its own part and a compile-time part.
+  __host__ __device__ static constexpr int Column(int n) {
+    const int block = n % kWarpN / 8;
+    const int group = block / (kGroup * kHalves);
+    const int in_group = block % kGroup;
+    return n / kWarpN * kWarpColumns + group * 8 * kGroup + n % 8 / 2 * kVector + in_group * 2 +
+           n % 2;
+  }
+  __host__ __device__ static constexpr bool IsGate(int n) {
+    return kGated && n % kWarpN / 8 / kGroup % 2 == 1;
+  }
+};
+
+template <int kTileIndex, typename Element_, bool kQuantized_, bool kGated_>
+struct Traits {
+  using Element = Element_;  // __half or __nv_bfloat16
+  static constexpr bool kQuantized = kQuantized_;
+  static constexpr bool kGated = kGated_;
+  static constexpr Tile kTile = kTiles[kTileIndex];
+
+  static constexpr int kThreads = kTile.threads();
+  static constexpr int kStages = kQuantized ? kTile.stages_int8 : kTile.stages;
+  static constexpr int kWarpM = kTile.m / kTile.warps_m;
+  static constexpr int kWarpN = kTile.n / kTile.warps_n;
+  static constexpr int kMmaM = kWarpM / 16;   // mma.m16n8k16 steps of a warp
+  static constexpr int kMmaN = kWarpN / 8;
+  static constexpr int kMmaK = kTile.k / 16;
+  using Columns = ColumnMap<kWarpN, kGated>;
+  static constexpr int kTileColumns = kTile.n / Columns::kHalves;  // of the output
+
+  // A stage: A [m][k] in 16 bits, then B [n][k] in 16 or 8 bits, rows of 16-byte chunks.
+  static constexpr int kRowBytesA = kTile.k * 2;
+  static constexpr int kRowBytesB = kTile.k * (kQuantized ? 1 : 2);
+  static constexpr int kChunksA = kRowBytesA / 16;
+  static constexpr int kChunksB = kRowBytesB / 16;
+  static constexpr int kBytesA = kTile.m * kRowBytesA;
+  static constexpr int kStageBytes = kTile.stage_bytes(kQuantized);
+  static constexpr int kSharedMemory = kTile.shared_memory(kQuantized);
+
+  // Loads of a stage: a thread takes one chunk of every kRowStep-th row.
+  static constexpr int kRowStepA = kThreads / kChunksA;
+  static constexpr int kRowStepB = kThreads / kChunksB;
+  static constexpr int kLoadsA = kTile.m / kRowStepA;
+  static constexpr int kLoadsB = kTile.n / kRowStepB;
+
+  static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps take whole mma pairs");
+  static_assert(kTile.k % 64 == 0, "the swizzles below are for rows of 64 bytes or more");
+  static_assert(kTile.m % kRowStepA == 0 && kTile.n % kRowStepB == 0, "loads divide evenly");
+  static_assert(kRowStepA % 8 == 0 && kRowStepB % 8 == 0,
+                "a thread's rows differ in no bit that the swizzles use");
+  static_assert(kSharedMemory <= 163 * 1024, "A100 gives a block 163 KiB");
+};
+
+// The chunk of a row at which chunk c lies is c ^ Swizzle(row): ldmatrix reads 8 rows at one
+// chunk, which must fall into 8 different groups of 4 banks. Rows of 64 bytes lie two to a
+// 128-byte line, so only every second one needs another value.
+template <int kRowBytes>
+__device__ constexpr int LdmatrixSwizzle(int row) {
+  return kRowBytes == 64 ? row / 2 % 4 : row % 8;
+}
+
+// A beside 8-bit weights is read by 8-byte loads, 32 contiguous bytes of 4 rows in each half
+// warp: swizzled in units of two chunks.
+__device__ constexpr int PairSwizzle(int row) { return row % 4 * 2; }
+
+template <typename T>
+__device__ constexpr int SwizzleA(int row) {
+  return T::kQuantized ? PairSwizzle(row) : LdmatrixSwizzle<T::kRowBytesA>(row);
+}
+
+}  // namespace moe::sm80
+
+#endif  // KERNELS_SM80_TRAITS_CUH_

@@ -1,0 +1,84 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Bound by memory: reads k rows and writes one for each token. A thread owns 8 columns (16 bytes)
+// of one token; loads of several experts' rows are issued together before they are added.
+
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+
+#include "moe/finalize.h"
+
+namespace moe {
+namespace {
+
+constexpr int kThreads = 128;
+constexpr int kColumns = 8;      // of a thread: one 16-byte load of 16-bit values
+constexpr int kRowsInFlight = 4;  // independent loads of a thread
+
+__device__ float2 ToFloat(__half2 v) { return __half22float2(v); }
+__device__ float2 ToFloat(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+__device__ void FromFloat(float2 v, __half2& out) { out = __float22half2_rn(v); }
+__device__ void FromFloat(float2 v, __nv_bfloat162& out) { out = __float22bfloat162_rn(v); }
+
+template <typename In2, typename Out2>
+__global__ void __launch_bounds__(kThreads)
+    FinalizeKernel(const uint4* __restrict__ rows, const int32_t* __restrict__ slot_to_row,
+                   uint4* __restrict__ out, int top_k, int vectors) {
+  const int vector = blockIdx.y * kThreads + threadIdx.x;
+  if (vector >= vectors) return;
+  const int64_t token = blockIdx.x;
+  const int32_t* token_rows = slot_to_row + token * top_k;
+
+  float2 sum[kColumns / 2] = {};
+  for (int j0 = 0; j0 < top_k; j0 += kRowsInFlight) {
+    uint4 loaded[kRowsInFlight];
+    bool present[kRowsInFlight];
+#pragma unroll
+    for (int j = 0; j < kRowsInFlight; ++j) {
+      const int32_t row = j0 + j < top_k ? token_rows[j0 + j] : -1;
+      present[j] = row >= 0;
+      if (present[j]) loaded[j] = __ldcs(rows + static_cast<int64_t>(row) * vectors + vector);
+    }
+#pragma unroll
+    for (int j = 0; j < kRowsInFlight; ++j) {
+      if (!present[j]) continue;
+      const uint32_t words[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
+#pragma unroll
+      for (int c = 0; c < kColumns / 2; ++c) {
+        const float2 v = ToFloat(reinterpret_cast<const In2&>(words[c]));
+        sum[c].x += v.x;
+        sum[c].y += v.y;
+      }
+    }
+  }
+  uint32_t words[4];
+#pragma unroll
+  for (int c = 0; c < kColumns / 2; ++c) FromFloat(sum[c], reinterpret_cast<Out2&>(words[c]));
+  out[token * vectors + vector] = make_uint4(words[0], words[1], words[2], words[3]);
+}
+
+template <typename In2, typename Out2>
+cudaError_t Launch(const Problem& problem, const void* rows, const int32_t* slot_to_row, void* out,
+                   cudaStream_t stream) {
+  const int vectors = problem.hidden_size / kColumns;
+  // Tokens go along x: only that grid dimension reaches beyond 65535.
+  const dim3 grid(static_cast<unsigned>(problem.num_tokens), (vectors + kThreads - 1) / kThreads);
+  FinalizeKernel<In2, Out2><<<grid, kThreads, 0, stream>>>(
+      static_cast<const uint4*>(rows), slot_to_row, static_cast<uint4*>(out), problem.top_k,
+      vectors);
+  return cudaGetLastError();
+}
+
+}  // namespace
+
+cudaError_t LaunchFinalize(const Problem& problem, const void* expert_output,
+                           const int32_t* slot_to_row, void* output, cudaStream_t stream) {
+  const bool from_half = problem.dtype == DType::kFloat16;
+  const bool to_half = problem.output_dtype == DType::kFloat16;
+  auto* launch = from_half ? (to_half ? Launch<__half2, __half2> : Launch<__half2, __nv_bfloat162>)
+                           : (to_half ? Launch<__nv_bfloat162, __half2>
+                                      : Launch<__nv_bfloat162, __nv_bfloat162>);
+  return launch(problem, expert_output, slot_to_row, output, stream);
+}
+
+}  // namespace moe

@@ -1,0 +1,48 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One grouped GEMM as a backend sees it: for every row r of expert e
+//
+//     h[n]      = sum_k a[source(r), k] * weights[e, n, k] * weight_scales[e, n]  + bias[e, n]
+//     out[r, c] = row_scale(r) * activation(h)[c]
+//
+// GEMM 1 gathers its rows from the input (source = row_to_token) and applies the layer's
+// activation; GEMM 2 reads the intermediate rows in place, applies Identity and scales each row
+// by the router's weight. Products and sums are float32; `out` has the dtype of `a`.
+
+#ifndef MOE_GROUPED_GEMM_H_
+#define MOE_GROUPED_GEMM_H_
+
+#include <cstdint>
+
+#include "moe/problem.h"
+#include "moe/row_tile.h"
+
+namespace moe {
+
+struct GroupedGemm {
+  const void* a = nullptr;               // [*, k] dtype
+  const int32_t* row_source = nullptr;   // [rows] row of `a` for each row; null: itself
+  const void* weights = nullptr;         // [experts, fc rows, k]
+  const void* weight_scales = nullptr;   // [experts, fc rows]; null for 16-bit weights
+  const void* bias = nullptr;            // [experts, fc rows]; may be null
+  const float* swiglu_alpha = nullptr;   // [experts]; null: 1
+  const float* swiglu_beta = nullptr;    // [experts]; null: 0
+  const float* swiglu_limit = nullptr;   // [experts]; null: infinity, 7 for SwigluStep
+  const int32_t* row_slot = nullptr;     // [rows] index into slot_scales
+  const float* slot_scales = nullptr;    // [slots]; null: 1
+  void* out = nullptr;                   // [rows, columns] dtype
+  const RowTile* row_tiles = nullptr;    // device list
+  const int32_t* num_row_tiles = nullptr;  // device scalar
+  int64_t max_row_tiles = 0;             // host bound of it, for the grid
+  int32_t columns = 0;                   // of out: I for GEMM 1, H for GEMM 2
+  int32_t k = 0;                         // reduction length: H for GEMM 1, I for GEMM 2
+  Activation activation = Activation::kIdentity;
+  DType dtype = DType::kBFloat16;
+  DType bias_dtype = DType::kBFloat16;
+  DType weight_scale_dtype = DType::kFloat32;
+  WeightFormat weight_format = WeightFormat::kSameAsInput;
+};
+
+}  // namespace moe
+
+#endif  // MOE_GROUPED_GEMM_H_

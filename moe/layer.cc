@@ -1,0 +1,126 @@
+// SPDX-License-Identifier: Apache-2.0
+
+#include "moe/layer.h"
+
+#include <stdexcept>
+#include <string>
+
+#include "moe/finalize.h"
+#include "moe/routing.h"
+#include "moe/workspace.h"
+
+namespace moe {
+namespace {
+
+void Check(cudaError_t status, const char* step) {
+  if (status == cudaSuccess) return;
+  throw std::runtime_error(std::string("cutlass_fused_moe: ") + step + " failed: " +
+                           cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ")");
+}
+
+int32_t DeviceAttribute(cudaDeviceAttr attribute, int device) {
+  int value = 0;
+  Check(cudaDeviceGetAttribute(&value, attribute, device), "reading a device attribute");
+  return value;
+}
+
+void CheckTactic(const Backend& backend, int32_t tactic, const std::vector<Tactic>& tactics,
+                 const Problem& problem, const Device& device) {
+  if (tactic < 0 || tactic >= static_cast<int32_t>(tactics.size())) {
+    throw std::invalid_argument("tactics: got " + std::to_string(tactic) + ", must be below " +
+                                std::to_string(tactics.size()) + " for the " + backend.name() +
+                                " backend");
+  }
+  if (!backend.Fits(tactic, problem.weight_format, device)) {
+    throw std::invalid_argument("tactics: " + tactics[tactic].name + " takes " +
+                                std::to_string(tactics[tactic].shared_memory) +
+                                " bytes of shared memory, the device gives a block " +
+                                std::to_string(device.shared_memory_per_block) +
+                                "; choose a smaller tactic");
+  }
+}
+
+}  // namespace
+
+Device CurrentDevice() {
+  int device = 0;
+  Check(cudaGetDevice(&device), "finding the current device");
+  return {DeviceAttribute(cudaDevAttrMultiProcessorCount, device),
+          DeviceAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          DeviceAttribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+}
+
+void RunLayer(const Backend& backend, const Problem& problem, const LayerArguments& arguments,
+              const TacticPair& tactics, const Device& device, cudaStream_t stream) {
+  if (problem.num_tokens == 0) return;
+  const WorkspacePlan plan = PlanWorkspace(problem);
+  if (arguments.workspace_bytes < plan.bytes) {
+    throw std::invalid_argument("workspace_buffer: got " +
+                                std::to_string(arguments.workspace_bytes) + " bytes, needs " +
+                                std::to_string(plan.bytes));
+  }
+  const std::vector<Tactic>& all = backend.Tactics(problem.weight_format);
+  CheckTactic(backend, tactics.gemm1, all, problem, device);
+  CheckTactic(backend, tactics.gemm2, all, problem, device);
+
+  auto at = [&](size_t offset) { return static_cast<char*>(arguments.workspace) + offset; };
+  auto ints = [&](size_t offset) { return reinterpret_cast<int32_t*>(at(offset)); };
+
+  RoutingBuffers routing;
+  routing.num_row_tiles = ints(plan.num_row_tiles);
+  routing.expert_counts = ints(plan.expert_counts);
+  routing.row_to_token = ints(plan.row_to_token);
+  routing.row_to_slot = ints(plan.row_to_slot);
+  routing.slot_to_row = ints(plan.slot_to_row);
+  for (int i = 0; i < 2; ++i) {
+    routing.row_tiles[i] = reinterpret_cast<RowTile*>(at(plan.row_tiles[i]));
+    routing.tile_rows[i] = all[i == 0 ? tactics.gemm1 : tactics.gemm2].tile_m;
+  }
+  Check(LaunchRouting(problem, arguments.experts, routing, stream), "routing");
+
+  auto list = [&](GroupedGemm& gemm, int i) {
+    gemm.row_tiles = routing.row_tiles[i];
+    gemm.num_row_tiles = routing.num_row_tiles + i;
+    gemm.max_row_tiles =
+        MaxRowTiles(problem.num_slots(), problem.num_local_experts, routing.tile_rows[i]);
+    gemm.dtype = problem.dtype;
+    gemm.bias_dtype = problem.output_dtype;
+    gemm.weight_scale_dtype = arguments.weight_scale_dtype;
+    gemm.weight_format = problem.weight_format;
+  };
+
+  GroupedGemm gemm1;
+  list(gemm1, 0);
+  gemm1.a = arguments.input;
+  gemm1.row_source = routing.row_to_token;
+  gemm1.weights = arguments.fc1_weights;
+  gemm1.weight_scales = arguments.fc1_scales;
+  gemm1.bias = arguments.fc1_bias;
+  gemm1.swiglu_alpha = arguments.swiglu_alpha;
+  gemm1.swiglu_beta = arguments.swiglu_beta;
+  gemm1.swiglu_limit = arguments.swiglu_limit;
+  gemm1.out = at(plan.intermediate);
+  gemm1.columns = problem.intermediate_size;
+  gemm1.k = problem.hidden_size;
+  gemm1.activation = problem.activation;
+  Check(backend.Launch(tactics.gemm1, gemm1, device, stream), "GEMM 1");
+
+  GroupedGemm gemm2;
+  list(gemm2, 1);
+  gemm2.a = at(plan.intermediate);
+  gemm2.weights = arguments.fc2_weights;
+  gemm2.weight_scales = arguments.fc2_scales;
+  gemm2.bias = arguments.fc2_bias;
+  gemm2.row_slot = routing.row_to_slot;
+  gemm2.slot_scales = arguments.scales;
+  gemm2.out = at(plan.expert_output);
+  gemm2.columns = problem.hidden_size;
+  gemm2.k = problem.intermediate_size;
+  Check(backend.Launch(tactics.gemm2, gemm2, device, stream), "GEMM 2");
+
+  Check(LaunchFinalize(problem, at(plan.expert_output), routing.slot_to_row, arguments.output,
+                       stream),
+        "finalize");
+}
+
+}  // namespace moe
