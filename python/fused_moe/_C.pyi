@@ -1,0 +1,101 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The compiled extension: problems, sizes and launches on plain addresses, no PyTorch."""
+
+BACKENDS: tuple[str, ...]
+"""The kernel backends compiled in: () or ("sm80",)."""
+
+BUILT_FOR: str
+"""The architecture setting of the build: "sm80", "sm80_on_sm90", "cpu"."""
+
+class Problem:
+    """The sizes and formats of a call. Immutable.
+
+    dtype and output_dtype are 0 float32, 1 float16, 2 bfloat16; activation is the value of an
+    ActivationType; weight_format is 0 for weights of `dtype`, 1 for int8, 2 for uint8.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        hidden_size: int,
+        intermediate_size: int,
+        num_local_experts: int,
+        first_local_expert: int,
+        top_k: int,
+        activation: int,
+        dtype: int,
+        output_dtype: int,
+        weight_format: int,
+    ) -> None: ...
+
+class Tactic:
+    """One way to run a matrix product; sizes in elements, shared_memory in bytes a block."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def tile_m(self) -> int: ...
+    @property
+    def tile_n(self) -> int: ...
+    @property
+    def tile_k(self) -> int: ...
+    @property
+    def stages(self) -> int: ...
+    @property
+    def threads(self) -> int: ...
+    @property
+    def shared_memory(self) -> int: ...
+
+def workspace_size(backend: str, problem: Problem) -> int:
+    """The bytes of workspace that `run` needs. Asks no GPU."""
+
+def tactics(backend: str) -> list[Tactic]:
+    """All tactics of a backend; their order is the numbering used elsewhere."""
+
+def supported_tactics(backend: str, problem: Problem, shared_memory_per_block: int) -> list[int]:
+    """The tactics that can run `problem` within the shared memory of a block."""
+
+def choose_tactics(
+    backend: str,
+    problem: Problem,
+    *,
+    multiprocessors: int,
+    shared_memory_per_block: int,
+    shared_memory_per_multiprocessor: int,
+) -> tuple[int, int]:
+    """The tactics of GEMM 1 and GEMM 2 that `run` takes by itself on such a chip."""
+
+def run(
+    backend: str,
+    problem: Problem,
+    *,
+    stream: int,
+    input: int,
+    experts: int,
+    scales: int,
+    fc1_weights: int,
+    fc2_weights: int,
+    fc1_scales: int,
+    fc2_scales: int,
+    weight_scale_dtype: int,
+    fc1_bias: int,
+    fc2_bias: int,
+    swiglu_alpha: int,
+    swiglu_beta: int,
+    swiglu_limit: int,
+    output: int,
+    workspace: int,
+    workspace_bytes: int,
+    add_fc2_bias: bool,
+    tactics: tuple[int, int] | None = None,
+    shared_memory_per_block: int = 0,
+) -> None:
+    """Launches a call on `stream` of the current device.
+
+    Addresses are 0 where an argument is not given. shared_memory_per_block = 0 asks the
+    device; a smaller number imposes the limit of a smaller chip.
+
+    Raises:
+        RuntimeError: an error of the CUDA runtime.
+    """

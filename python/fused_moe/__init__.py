@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Fused Mixture-of-Experts inference for NVIDIA GPUs from Ampere on, and for CPUs.
+
+    from fused_moe import cutlass_fused_moe, topk_softmax
+
+    scales, experts = topk_softmax(router_logits, k=2)
+    out = cutlass_fused_moe(x, experts, scales, w_up_gate, w_down, x.dtype, None)
+"""
+
+from fused_moe.activation import ActivationType
+from fused_moe.op import cutlass_fused_moe
+from fused_moe.quantization import quantize_int8, up_gate_from_gate_up
+from fused_moe.routing import topk_softmax
+from fused_moe.workspace import cutlass_fused_moe_workspace_size
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ActivationType",
+    "__version__",
+    "cutlass_fused_moe",
+    "cutlass_fused_moe_workspace_size",
+    "quantize_int8",
+    "topk_softmax",
+    "up_gate_from_gate_up",
+]

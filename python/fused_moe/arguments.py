@@ -1,0 +1,271 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The checks of `cutlass_fused_moe`'s arguments, none of which needs a GPU.
+
+Nothing else checks what a user passes. Each error names the argument, what it got, what it
+must be and, where that is not plain, what to do.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from typing import Any
+
+import torch
+
+from fused_moe import _extension, backends, refusals, shapes
+from fused_moe.activation import ActivationType
+from fused_moe.signature import Meta, Signature, from_plain
+
+# How dtypes and formats of weights are coded for the extension.
+DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+WEIGHTS_AS_INPUT, WEIGHTS_INT8, WEIGHTS_UINT8 = range(3)
+
+
+@dataclasses.dataclass(frozen=True)
+class MoeCall:
+    """A call that passed every check that does not depend on addresses.
+
+    Attributes:
+        backend: "sm80" or "cpu".
+        device: where all tensors lie.
+        activation: with Swiglu already turned into SwigluBias where it has parameters.
+        weight_format: WEIGHTS_AS_INPUT, WEIGHTS_INT8 or WEIGHTS_UINT8.
+        weight_scale_dtype: the dtype code of both quant_scales; 0 without them.
+        add_fc2_bias: whether this rank adds fc2_expert_biases.
+        workspace_bytes: what the backend needs; 0 on the cpu backend.
+        problem: the extension's view of all this; None on the cpu backend.
+        nbytes: the size of each tensor argument that is given.
+    """
+
+    backend: str
+    device: torch.device
+    num_tokens: int
+    hidden_size: int
+    intermediate_size: int
+    num_local_experts: int
+    first_local_expert: int
+    top_k: int
+    activation: ActivationType
+    input_dtype: torch.dtype
+    output_dtype: torch.dtype
+    weight_format: int
+    weight_scale_dtype: int
+    add_fc2_bias: bool
+    workspace_bytes: int
+    problem: Any
+    nbytes: dict[str, int]
+
+
+def check_call(key: tuple[Any, ...]) -> MoeCall:
+    """Checks a call.
+
+    Args:
+        key: the fields of a `Signature`, tensors as plain tuples.
+
+    Raises:
+        TypeError: a value of the wrong Python type.
+        ValueError: tensors or numbers that do not fit.
+        NotImplementedError: a mode the backend does not have.
+        RuntimeError: the backend is not in this build.
+    """
+    s = from_plain(key)
+    _check_present(s)
+    _check_python_types(s)
+    backend = backends.choose(s.backend, s.input.device)
+    refusals.check(
+        backend,
+        input_dtype=s.input.dtype,
+        fc1_dtype=s.fc1_expert_weights.dtype,
+        fc2_dtype=s.fc2_expert_weights.dtype,
+        output_dtype=s.output_dtype,
+        has_input_sf=s.input_sf,
+        use_deepseek_fp8_block_scale=s.use_deepseek_fp8_block_scale,
+        use_w4_group_scaling=s.use_w4_group_scaling,
+        use_mxfp8_act_scaling=s.use_mxfp8_act_scaling,
+        use_packed_weights=s.use_packed_weights,
+        min_latency_mode=s.min_latency_mode,
+    )
+    check_parallelism(s.tp_size, s.tp_rank, s.ep_size, s.ep_rank)
+    _check_cluster(s)
+    weight_format = check_dtypes(
+        backend, s.input.dtype, s.fc1_expert_weights.dtype, s.output_dtype
+    )
+    _check_tensor_dtypes(s)
+    activation = shapes.effective_activation(s)
+    sizes = shapes.check_shapes(s, activation.is_gated)
+    check_multiples(sizes["hidden_size"], sizes["intermediate_size"], weight_format)
+    shapes.check_quant_scales(s, quantized=weight_format != WEIGHTS_AS_INPUT)
+    shapes.check_devices(s)
+    backends.check_device(backend, s.input.device)
+    shapes.check_contiguity(s)
+    sizes["first_local_expert"] = s.ep_rank * sizes["num_local_experts"]
+    problem, workspace_bytes = plan_problem(
+        backend, activation, s.input.dtype, s.output_dtype, weight_format, **sizes
+    )
+    shapes.check_workspace(s.workspace_buffer, workspace_bytes)
+    return MoeCall(
+        backend=backend,
+        device=s.input.device,
+        activation=activation,
+        input_dtype=s.input.dtype,
+        output_dtype=s.output_dtype,
+        weight_format=weight_format,
+        weight_scale_dtype=DTYPE_CODES[s.quant_scales[0].dtype] if s.quant_scales else 0,
+        add_fc2_bias=s.fc2_expert_biases is not None and s.tp_rank == 0,
+        workspace_bytes=workspace_bytes,
+        problem=problem,
+        nbytes={name: meta.nbytes for name, meta in s.tensors().items()},
+        **sizes,
+    )
+
+
+# Signatures repeat: a serving process has a few hundred. A bound, because M may vary freely.
+check_call_cached = functools.lru_cache(maxsize=4096)(check_call)
+
+
+def plan_problem(
+    backend: str,
+    activation: ActivationType,
+    input_dtype: torch.dtype,
+    output_dtype: torch.dtype,
+    weight_format: int,
+    **sizes: int,
+) -> tuple[Any, int]:
+    """Returns the extension's problem and its workspace in bytes; (None, 0) for cpu."""
+    if backend == "cpu":
+        return None, 0
+    extension = _extension.require(backend)
+    problem = extension.Problem(
+        activation=int(activation),
+        dtype=DTYPE_CODES[input_dtype],
+        output_dtype=DTYPE_CODES[output_dtype],
+        weight_format=weight_format,
+        **sizes,
+    )
+    return problem, extension.workspace_size(backend, problem)
+
+
+def check_parallelism(tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) -> None:
+    """Raises ValueError unless both ranks lie within their sizes."""
+    for kind, size, rank in (("tp", tp_size, tp_rank), ("ep", ep_size, ep_rank)):
+        if size < 1:
+            raise ValueError(f"{kind}_size is {size}; it must be 1 or more")
+        if not 0 <= rank < size:
+            raise ValueError(
+                f"{kind}_rank is {rank}; it must be from 0 to {kind}_size - 1 = {size - 1}"
+            )
+
+
+def check_multiples(hidden_size: int, intermediate_size: int, weight_format: int) -> None:
+    """Raises ValueError unless rows of weights are whole numbers of 16-byte pieces."""
+    multiple, weights = (8, "16-bit") if weight_format == WEIGHTS_AS_INPUT else (16, "8-bit")
+    for name, size in (
+        ("hidden size (input.shape[1])", hidden_size),
+        ("intermediate size (fc2_expert_weights.shape[2])", intermediate_size),
+    ):
+        if size < multiple or size % multiple:
+            raise ValueError(
+                f"the {name} is {size}; with {weights} weights it must be a positive multiple of "
+                f"{multiple}, so that rows are 16B-aligned: pad the weights with zeros"
+            )
+
+
+def _check_present(s: Signature) -> None:
+    required: dict[str, Meta | None] = {
+        name: getattr(s, name)
+        for name in (
+            "input",
+            "token_selected_experts",
+            "fc1_expert_weights",
+            "fc2_expert_weights",
+        )
+    }
+    required.update({f"quant_scales[{i}]": meta for i, meta in enumerate(s.quant_scales)})
+    for name, meta in required.items():
+        if meta is None:
+            raise TypeError(f"{name} is None; it must be a torch.Tensor")
+
+
+def _check_python_types(s: Signature) -> None:
+    if not isinstance(s.output_dtype, torch.dtype):
+        raise TypeError(
+            f"output_dtype is {s.output_dtype!r}; it must be a torch.dtype: torch.float16 or "
+            "torch.bfloat16"
+        )
+    for name in (
+        "tp_size",
+        "tp_rank",
+        "ep_size",
+        "ep_rank",
+        "cluster_size",
+        "cluster_rank",
+        "tune_max_num_tokens",
+    ):
+        value = getattr(s, name)
+        if not isinstance(value, int):
+            raise TypeError(f"{name} is {value!r}; it must be an int")
+    if s.tune_max_num_tokens < 1:
+        raise ValueError(f"tune_max_num_tokens is {s.tune_max_num_tokens}; it must be 1 or more")
+
+
+def _check_cluster(s: Signature) -> None:
+    if s.cluster_size != 1 or s.cluster_rank != 0:
+        name, value = (
+            ("cluster_size", s.cluster_size)
+            if s.cluster_size != 1
+            else ("cluster_rank", s.cluster_rank)
+        )
+        raise ValueError(
+            f"{name} is {value}; only cluster_size=1, cluster_rank=0 is supported: shard experts "
+            "with ep_size and ep_rank, or the intermediate size with tp_size and tp_rank"
+        )
+
+
+def _expect_dtype(name: str, dtype: torch.dtype, allowed: tuple[torch.dtype, ...]) -> None:
+    if dtype not in allowed:
+        raise ValueError(
+            f"{name} is {dtype}; it must be {' or '.join(map(str, allowed))}"
+            + (f": use {name}.to({allowed[0]})" if len(allowed) == 1 and name != "output" else "")
+        )
+
+
+def check_dtypes(
+    backend: str, input_dtype: torch.dtype, weights: torch.dtype, output_dtype: torch.dtype
+) -> int:
+    """Returns the weight format; raises ValueError for dtypes that no mode has."""
+    floating = (torch.float16, torch.bfloat16)
+    if backend == "cpu":
+        floating += (torch.float32,)
+    _expect_dtype("input", input_dtype, floating)
+    _expect_dtype("output_dtype", output_dtype, floating)
+    _expect_dtype("fc1_expert_weights", weights, (input_dtype, torch.int8, torch.uint8))
+    return {torch.int8: WEIGHTS_INT8, torch.uint8: WEIGHTS_UINT8}.get(weights, WEIGHTS_AS_INPUT)
+
+
+def _check_tensor_dtypes(s: Signature) -> None:
+    weights = s.fc1_expert_weights.dtype
+    if s.fc2_expert_weights.dtype != weights:
+        raise ValueError(
+            f"fc2_expert_weights is {s.fc2_expert_weights.dtype}; it must have the dtype of "
+            f"fc1_expert_weights, {weights}"
+        )
+    for name in ("use_packed_weights", "use_w4_group_scaling"):
+        if getattr(s, name):
+            raise ValueError(
+                f"{name} is True, which is for 4-bit weights in uint8, but fc1_expert_weights is "
+                f"{weights}; leave it False"
+            )
+    for name, dtype in (
+        ("token_selected_experts", torch.int32),
+        ("token_final_scales", torch.float32),
+        ("fc1_expert_biases", s.output_dtype),
+        ("fc2_expert_biases", s.output_dtype),
+        ("swiglu_alpha", torch.float32),
+        ("swiglu_beta", torch.float32),
+        ("swiglu_limit", torch.float32),
+        ("output", s.output_dtype),
+    ):
+        meta = getattr(s, name)
+        if meta is not None:
+            _expect_dtype(name, meta.dtype, (dtype,))
