@@ -148,6 +148,7 @@ def median_seconds(run: object, device: torch.device, repeats: int) -> float:
 
 
 def main(argv: list[str]) -> None:
+    """Runs the layer that the flags describe, checks and reports it."""
     if len(argv) > 1:
         raise app.UsageError(f"unexpected arguments {argv[1:]}; flags are written --name=value")
     model = MODELS[_MODEL.value]

@@ -1,0 +1,300 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How calls of the sm80 backend behave: graphs, streams, threads, memory, symmetries, parts.
+
+Whether single calls are right, over every kind of input, is sm80_moe.py's subject.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+
+import pytest
+import torch
+
+from cases import Case
+from fused_moe import ActivationType, cutlass_fused_moe, topk_softmax
+from gpu_layer import (
+    GuardedBuffer,
+    Layer,
+    check,
+    realized,
+    require_sm80,
+    route,
+    same_bits,
+)
+from tolerances import assert_close
+
+_SMALL = Case("calls", 256, 192, experts=8, top_k=2, tokens=37)
+_INT8 = dataclasses.replace(_SMALL, weights="int8", biases="both", tokens=130)
+_LARGE = dataclasses.replace(_SMALL, tokens=6000, dtype="float16", routing="garbage")
+_ONE = dataclasses.replace(_SMALL, tokens=1, experts=64, top_k=6)
+_ALL = (_SMALL, _INT8, _LARGE, _ONE)
+
+
+def _name(case: Case) -> str:
+    return f"m{case.tokens}-{case.weights}-{case.dtype}"
+
+
+def _capture(layer: Layer, out: torch.Tensor) -> torch.cuda.CUDAGraph:
+    layer.run(output=out)  # the warm-up that PyTorch asks for before a capture
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        layer.run(output=out)
+    return graph
+
+
+@pytest.mark.parametrize("case", _ALL, ids=_name)
+def test_graph_replays_follow_changed_inputs(case: Case) -> None:
+    require_sm80()
+    with realized(case) as layer:
+        out = torch.empty(case.tokens, case.hidden, dtype=layer.output_dtype, device="cuda")
+        graph = _capture(layer, out)
+        for routing in ("uniform", "garbage", "one_expert", "few_experts", "outside"):
+            ids, scales = route(dataclasses.replace(case, routing=routing))
+            layer.ids.copy_(ids)
+            assert layer.scales is not None and scales is not None
+            layer.scales.copy_(scales)
+            layer.input.normal_()
+            out.fill_(float("nan"))
+            graph.replay()
+            check(layer, out)
+            # Outside a graph the same call gives the same bits.
+            assert same_bits(out, layer.run())
+
+
+def test_nan_router_rows_in_a_graph_harm_no_other_row() -> None:
+    require_sm80()
+    with realized(_SMALL) as layer:
+        logits = torch.randn(_SMALL.tokens, _SMALL.experts, device="cuda")
+        scales, ids = topk_softmax(logits, _SMALL.top_k)
+        layer.scales, layer.ids = scales, ids
+        out = torch.empty(_SMALL.tokens, _SMALL.hidden, dtype=torch.bfloat16, device="cuda")
+
+        def step() -> None:
+            new_scales, new_ids = topk_softmax(logits, _SMALL.top_k)
+            scales.copy_(new_scales)
+            ids.copy_(new_ids)
+            layer.run(output=out)
+
+        step()
+        torch.cuda.synchronize()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            step()
+        logits.normal_()
+        logits[5] = float("nan")
+        logits[11] = float("inf")
+        graph.replay()
+        assert bool(out[5].isnan().all()) and bool(out[11].isnan().all())
+        good = torch.tensor([row for row in range(_SMALL.tokens) if row not in (5, 11)]).cuda()
+        check(layer, out[good], good)
+
+
+def test_streams_at_once() -> None:
+    require_sm80()
+    for case in _ALL:
+        with realized(case) as layer:
+            expected = layer.run()
+            streams = [torch.cuda.Stream() for _ in range(4)]
+            torch.cuda.synchronize()
+            results = []
+            for _ in range(5):
+                for stream in streams:
+                    with torch.cuda.stream(stream):
+                        results.append(layer.run())
+            torch.cuda.synchronize()
+            assert all(same_bits(result, expected) for result in results)
+
+
+def test_threads_at_once() -> None:
+    require_sm80()
+    for case in _ALL:
+        with realized(case) as layer:
+            expected = layer.run()
+            torch.cuda.synchronize()
+            equal: list[bool] = []
+
+            def work(
+                layer: Layer = layer,
+                expected: torch.Tensor = expected,
+                equal: list[bool] = equal,
+            ) -> None:
+                stream = torch.cuda.Stream()
+                with torch.cuda.stream(stream):
+                    results = [layer.run() for _ in range(10)]
+                stream.synchronize()
+                equal.append(all(same_bits(result, expected) for result in results))
+
+            threads = [threading.Thread(target=work) for _ in range(6)]
+            for thread in threads:
+                thread.start()
+            for thread in threads:
+                thread.join()
+            assert equal == [True] * 6
+
+
+def test_runs_on_the_callers_stream() -> None:
+    """Work queued before on the stream is waited for: the input is made there, slowly."""
+    require_sm80()
+    with realized(_SMALL) as layer:
+        expected = layer.run()
+        kept = layer.input.clone()
+        layer.input.zero_()
+        torch.cuda.synchronize()
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            torch.cuda._sleep(20_000_000)
+            layer.input.copy_(kept)
+            out = layer.run()
+        stream.synchronize()
+        assert same_bits(out, expected)
+
+
+@pytest.mark.parametrize("case", _ALL, ids=_name)
+def test_nothing_is_allocated_when_memory_is_given(case: Case) -> None:
+    require_sm80()
+    with realized(case) as layer:
+        out = torch.empty(case.tokens, case.hidden, dtype=layer.output_dtype, device="cuda")
+        workspace = GuardedBuffer(layer.workspace_bytes(), 128)
+        layer.run(output=out, workspace_buffer=workspace.tensor)
+        before = torch.cuda.memory_stats()["allocation.all.allocated"]
+        layer.run(output=out, workspace_buffer=workspace.tensor)
+        assert torch.cuda.memory_stats()["allocation.all.allocated"] == before
+        check(layer, out)
+
+
+@pytest.mark.parametrize("case", _ALL, ids=_name)
+def test_order_of_tokens_slots_and_experts_does_not_matter(case: Case) -> None:
+    require_sm80()
+    with realized(case) as layer:
+        expected = layer.run().float()
+        assert layer.scales is not None
+
+        tokens = torch.randperm(case.tokens, device="cuda")
+        permuted = dataclasses.replace(
+            layer,
+            input=layer.input[tokens],
+            ids=layer.ids[tokens],
+            scales=layer.scales[tokens],
+        )
+        assert_close(permuted.run(), expected[tokens], layer.input.dtype)
+
+        slots = torch.rand(case.tokens, case.top_k, device="cuda").argsort(dim=1)
+        shuffled = dataclasses.replace(
+            layer, ids=layer.ids.gather(1, slots), scales=layer.scales.gather(1, slots)
+        )
+        assert_close(shuffled.run(), expected, layer.input.dtype)
+
+        experts = torch.randperm(case.experts, device="cuda")
+        new_name = experts.argsort().to(torch.int32)
+        here = (layer.ids >= 0) & (layer.ids < case.experts)
+        renamed = dataclasses.replace(
+            layer,
+            ids=torch.where(here, new_name[layer.ids.clamp(0, case.experts - 1).long()], layer.ids),
+            fc1=layer.fc1[experts],
+            fc2=layer.fc2[experts],
+            quant_scales=[scale[experts] for scale in layer.quant_scales],
+            optional={name: tensor[experts] for name, tensor in layer.optional.items()},
+        )
+        assert_close(renamed.run(), expected, layer.input.dtype)
+
+
+def test_a_batch_is_the_sum_of_its_parts() -> None:
+    require_sm80()
+    case = dataclasses.replace(_SMALL, tokens=9001, top_k=3)
+    with realized(case) as layer:
+        expected = layer.run().float()
+        assert layer.scales is not None
+        for begin, end in ((0, 4), (4, 40), (40, 3000), (3000, 9001)):
+            part = dataclasses.replace(
+                layer,
+                input=layer.input[begin:end],
+                ids=layer.ids[begin:end],
+                scales=layer.scales[begin:end],
+            )
+            assert_close(part.run(), expected[begin:end], layer.input.dtype)
+
+
+@pytest.mark.parametrize("weights", ["same", "int8"])
+@pytest.mark.parametrize("size", [2, 4])
+def test_ranks_add_up(size: int, weights: str) -> None:
+    """The partial results of all TP ranks, or of all EP ranks, sum to the whole layer."""
+    require_sm80()
+    case = Case("ranks", 256, 256, 8, 3, 100, weights=weights, biases="both")
+    with realized(case) as layer:
+        whole = layer.reference()
+        tp_sum, ep_sum = torch.zeros_like(whole), torch.zeros_like(whole)
+        part = case.intermediate // size
+        for rank in range(size):
+            columns = slice(rank * part, (rank + 1) * part)
+
+            def up_and_gate(rows: torch.Tensor, columns: slice = columns) -> torch.Tensor:
+                up, gate = rows.chunk(2, dim=1)
+                return torch.cat([up[:, columns], gate[:, columns]], dim=1)
+
+            sharded = dataclasses.replace(
+                layer,
+                case=dataclasses.replace(case, intermediate=part, tp_size=size, tp_rank=rank),
+                fc1=up_and_gate(layer.fc1),
+                fc2=layer.fc2[:, :, columns].contiguous(),
+                quant_scales=[up_and_gate(layer.quant_scales[0]), layer.quant_scales[1]]
+                if layer.quant_scales
+                else [],
+                optional={
+                    "fc1_expert_biases": up_and_gate(layer.optional["fc1_expert_biases"]),
+                    "fc2_expert_biases": layer.optional["fc2_expert_biases"],
+                },
+            )
+            tp_sum += sharded.run().float()
+            experts = slice(rank * 8 // size, (rank + 1) * 8 // size)
+            local = dataclasses.replace(
+                layer,
+                case=dataclasses.replace(case, experts=8 // size, ep_size=size, ep_rank=rank),
+                fc1=layer.fc1[experts],
+                fc2=layer.fc2[experts],
+                quant_scales=[scale[experts] for scale in layer.quant_scales],
+                optional={name: tensor[experts] for name, tensor in layer.optional.items()},
+            )
+            ep_sum += local.run().float()
+        assert_close(tp_sum, whole, layer.input.dtype)
+        assert_close(ep_sum, whole, layer.input.dtype)
+
+
+def test_torch_compile_takes_it_whole() -> None:
+    require_sm80()
+    with realized(_SMALL) as layer:
+
+        def step(x: torch.Tensor) -> torch.Tensor:
+            y = cutlass_fused_moe(
+                x * 2, layer.ids, layer.scales, layer.fc1, layer.fc2, torch.bfloat16, []
+            )
+            return y + 1
+
+        compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
+        x = layer.input.clone()
+        assert same_bits(compiled(x), step(x))
+
+
+def test_a_second_gpu() -> None:
+    """Tensors on a device that is not the current one: the call goes where they are."""
+    require_sm80()
+    if torch.cuda.device_count() < 2:
+        pytest.skip("needs two CUDA devices")
+    with realized(_SMALL) as layer:
+        expected = layer.run()
+        moved = [t.to("cuda:1") for t in (layer.input, layer.ids, layer.fc1, layer.fc2)]
+        assert layer.scales is not None
+        out = cutlass_fused_moe(
+            moved[0],
+            moved[1],
+            layer.scales.to("cuda:1"),
+            moved[2],
+            moved[3],
+            torch.bfloat16,
+            [],
+            activation_type=ActivationType.Swiglu,
+        )
+        assert out.device == torch.device("cuda:1")
+        assert same_bits(out.to("cuda:0"), expected)

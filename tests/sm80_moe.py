@@ -1,0 +1,79 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The sm80 backend against the float32 reference, on more than a thousand designed cases.
+
+The sample and the edge cases come from cases.py. Each case runs twice, with memory poisoned
+differently, has to give the same bits, to write nothing outside its buffers, and to be close to
+the reference as a whole, in each row and in each element. How one call behaves among others
+(graphs, streams, sizes beyond 2^31, every tactic) is in sm80_calls.py; what needs no GPU in
+sm80_choices.py.
+"""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+
+from cases import FACTORS, TOKENS, TP_SIZES, Case, designed_sample, edge_cases, factor_pairs
+from cases import sanitizer_cases as _sanitizer_cases
+from fused_moe.models import MODELS
+from gpu_layer import check, realized, require_sm80, run_poisoned, same_bits
+
+# Models one after another, and within one model a dtype of weights after another: the pool of
+# random weights is filled anew whenever its dtype changes.
+_SAMPLE = sorted(designed_sample(), key=lambda c: (c.weights != "same", c.dtype, c.name))
+_EDGES = edge_cases()
+
+
+def _run_case(case: Case, exact: bool = False) -> None:
+    with realized(case, exact) as layer:
+        if case.memory == "given":
+            out, again = run_poisoned(layer, 0xFF), run_poisoned(layer, 0x7B)
+        else:
+            out, again = layer.run(), layer.run()
+        assert same_bits(out, again), "two runs on the same input differ"
+        check(layer, out)
+
+
+@pytest.mark.parametrize("case", _SAMPLE, ids=lambda case: case.id)
+def test_model_layer(case: Case) -> None:
+    require_sm80()
+    _run_case(case)
+
+
+@pytest.mark.parametrize("case", _EDGES, ids=lambda case: case.id)
+def test_edge(case: Case) -> None:
+    require_sm80()
+    _run_case(case)
+
+
+@pytest.mark.parametrize("case", _sanitizer_cases(), ids=lambda case: case.id)
+def test_sanitizer_subset(case: Case) -> None:
+    """What compute-sanitizer runs (-k sanitizer); part of every run, too."""
+    require_sm80()
+    _run_case(case, exact=True)
+
+
+def test_the_sample_is_large_and_has_no_twins() -> None:
+    ids = [case.id for case in _SAMPLE + _EDGES]
+    assert len(ids) >= 1000
+    assert len(set(ids)) == len(ids)
+
+
+def test_every_pair_of_factor_values_is_in_the_sample() -> None:
+    seen = {frozenset(pair) for case in _SAMPLE for pair in factor_pairs(case)}
+    values: dict[str, tuple[object, ...]] = {
+        **FACTORS,
+        "model": tuple(MODELS),
+        "tokens": TOKENS,
+        "tp_size": TP_SIZES,
+    }
+    missing = [
+        (first, second)
+        for (f, f_values), (g, g_values) in itertools.combinations(values.items(), 2)
+        for first, second in itertools.product(
+            [(f, value) for value in f_values], [(g, value) for value in g_values]
+        )
+        if frozenset((first, second)) not in seen
+    ]
+    assert not missing, f"{len(missing)} pairs are in no case, such as {missing[:3]}"
