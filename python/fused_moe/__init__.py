@@ -1,10 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Fused Mixture-of-Experts inference for NVIDIA GPUs from Ampere on, and for CPUs.
 
+For example, with the weights of this rank's experts:
+
     from fused_moe import cutlass_fused_moe, topk_softmax
 
     scales, experts = topk_softmax(router_logits, k=2)
     out = cutlass_fused_moe(x, experts, scales, w_up_gate, w_down, x.dtype, None)
+
+See `cutlass_fused_moe` for the order of the gated rows, which nothing can check.
 """
 
 from fused_moe.activation import ActivationType

@@ -88,9 +88,7 @@ def check_call(key: tuple[Any, ...]) -> MoeCall:
     )
     check_parallelism(s.tp_size, s.tp_rank, s.ep_size, s.ep_rank)
     _check_cluster(s)
-    weight_format = check_dtypes(
-        backend, s.input.dtype, s.fc1_expert_weights.dtype, s.output_dtype
-    )
+    weight_format = check_dtypes(backend, s.input.dtype, s.fc1_expert_weights.dtype, s.output_dtype)
     _check_tensor_dtypes(s)
     activation = shapes.effective_activation(s)
     sizes = shapes.check_shapes(s, activation.is_gated)
@@ -234,7 +232,7 @@ def check_dtypes(
     backend: str, input_dtype: torch.dtype, weights: torch.dtype, output_dtype: torch.dtype
 ) -> int:
     """Returns the weight format; raises ValueError for dtypes that no mode has."""
-    floating = (torch.float16, torch.bfloat16)
+    floating: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
     if backend == "cpu":
         floating += (torch.float32,)
     _expect_dtype("input", input_dtype, floating)

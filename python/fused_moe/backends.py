@@ -13,7 +13,7 @@ NAMES = ("sm80", "sm90", "cpu")
 AVAILABLE = ("sm80", "cpu")
 
 
-@functools.lru_cache(maxsize=None)
+@functools.cache
 def _capability(index: int) -> tuple[int, int]:
     return torch.cuda.get_device_capability(index)
 

@@ -39,9 +39,7 @@ def launch(
     extension = _extension.C
     assert extension is not None, "check_call finds the extension before anything gets here"
     if workspace_buffer is None:
-        workspace_buffer = torch.empty(
-            call.workspace_bytes, dtype=torch.uint8, device=call.device
-        )
+        workspace_buffer = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=call.device)
     index = call.device.index
     if torch.cuda.current_device() != index:
         with torch.cuda.device(index):

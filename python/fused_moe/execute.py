@@ -207,7 +207,7 @@ def _address(tensor: torch.Tensor | None) -> int:
 def _check_addresses(call: MoeCall, addresses: dict[str, int]) -> None:
     """Checks alignment, and that nothing that is written overlaps anything else."""
     given = {name: address for name, address in addresses.items() if name in call.nbytes}
-    shapes.check_alignment(given)
+    shapes.check_alignment(given, call.device.type)
     for written in ("output", "workspace_buffer"):
         if written in given:
             shapes.check_overlap(written, given, call.nbytes)

@@ -98,7 +98,7 @@ def cutlass_fused_moe(
         activation_type: an `ActivationType`, or its number.
         use_fused_finalize: permits a faster last step with other bits from run to run. A
             permission, not a demand: this version always sums in one fixed order.
-        workspace_buffer: [bytes] uint8 or int8, 128B-aligned, at least
+        workspace_buffer: [bytes] uint8 or int8, 128B-aligned (64B on the CPU), at least
             `cutlass_fused_moe_workspace_size` of them, in use until the call's kernels are
             done; None takes it from PyTorch's allocator.
         backend: "sm80" or "cpu"; None chooses by the device ("sm90" is not in this version).

@@ -52,7 +52,9 @@ def reference_activation(
     return torch.clamp(silu, max=limit) * torch.clamp(lin, min=-limit, max=limit)
 
 
-def dequantize(weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def dequantize(
+    weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """One expert's weight [N, K] in `dtype`: q * scale for int8, (u - 128) * scale for uint8."""
     values = weight.to(dtype)
     if weight.dtype == torch.uint8:

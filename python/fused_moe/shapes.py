@@ -11,7 +11,17 @@ from fused_moe.signature import Meta, Signature
 # Slots, the M * k pairs of a token and an expert, are counted in 32 bits.
 MAX_SLOTS = 2**31 - 1
 
-WORKSPACE_ALIGNMENT = 128
+# What kernels lay their tables out by, and, where none runs, what PyTorch's CPU allocator gives.
+WORKSPACE_ALIGNMENTS = {"cuda": 128, "cpu": 64}
+
+# Tensors that are read element by element: ids and scales of a slice of the tokens are fine.
+ALIGNMENTS = {
+    "token_selected_experts": 4,
+    "token_final_scales": 4,
+    "swiglu_alpha": 4,
+    "swiglu_beta": 4,
+    "swiglu_limit": 4,
+}
 
 
 def activation_of(value: int) -> ActivationType:
@@ -78,12 +88,12 @@ def check_shapes(s: Signature, gated: bool) -> dict[str, int]:
                 f"{rank}, {what}"
             )
     num_tokens, hidden = s.input.shape
-    experts, fc1_rows, fc1_hidden = s.fc1_expert_weights.shape
+    experts, _, fc1_hidden = s.fc1_expert_weights.shape
     fc2_hidden, intermediate = s.fc2_expert_weights.shape[1:]
     if fc1_hidden == fc2_hidden != hidden:
         raise ValueError(
-            f"input has the shape {list(s.input.shape)}; its second dimension must be {fc1_hidden}, "
-            "the hidden size of fc1_expert_weights and fc2_expert_weights"
+            f"input has the shape {list(s.input.shape)}; its second dimension must be "
+            f"{fc1_hidden}, the hidden size of fc1_expert_weights and fc2_expert_weights"
         )
     if experts < 1:
         raise ValueError("fc1_expert_weights has no expert; its first dimension must be 1 or more")
@@ -133,8 +143,8 @@ def check_slots(name: str, num_tokens: int, top_k: int) -> None:
     """Raises ValueError where there are more slots than can be counted."""
     if num_tokens * top_k > MAX_SLOTS:
         raise ValueError(
-            f"{name} is {num_tokens * top_k}; it must be at most {MAX_SLOTS}: split the tokens over "
-            "several calls"
+            f"{name} is {num_tokens * top_k}; it must be at most {MAX_SLOTS}: split the "
+            "tokens over several calls"
         )
 
 
@@ -212,25 +222,17 @@ def check_workspace(meta: Meta | None, needed: int) -> None:
         )
 
 
-def check_alignment(addresses: dict[str, int]) -> None:
+def check_alignment(addresses: dict[str, int], device_type: str) -> None:
     """Raises ValueError, naming the argument, for an address that kernels cannot load from."""
     for name, address in addresses.items():
-        alignment = WORKSPACE_ALIGNMENT if name == "workspace_buffer" else ALIGNMENTS.get(name, 16)
+        alignment = ALIGNMENTS.get(name, 16)
+        if name == "workspace_buffer":
+            alignment = WORKSPACE_ALIGNMENTS[device_type]
         if address % alignment:
             raise ValueError(
                 f"{name} starts at the address {address:#x}; it must be {alignment}B-aligned: "
                 "slices may start anywhere, .clone() makes an aligned copy"
             )
-
-
-# Tensors that are read element by element: ids and scales of a slice of the tokens are fine.
-ALIGNMENTS = {
-    "token_selected_experts": 4,
-    "token_final_scales": 4,
-    "swiglu_alpha": 4,
-    "swiglu_beta": 4,
-    "swiglu_limit": 4,
-}
 
 
 def check_overlap(written: str, addresses: dict[str, int], nbytes: dict[str, int]) -> None:

@@ -87,7 +87,9 @@ def cutlass_fused_moe_workspace_size(
         if value < least:
             raise ValueError(f"{argument} is {value}; it must be {least} or more")
     if num_experts % ep_size:
-        raise ValueError(f"num_experts is {num_experts}; it must be a multiple of ep_size {ep_size}")
+        raise ValueError(
+            f"num_experts is {num_experts}; it must be a multiple of ep_size, {ep_size}"
+        )
     shapes.check_slots("num_tokens * top_k", num_tokens, top_k)
     num_local_experts = num_experts // ep_size
     _, nbytes = arguments.plan_problem(
