@@ -1,0 +1,60 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What a WORKSPACE needs to use this one: see fused_moe_dependencies."""
+
+load("//tools/bazel:repositories.bzl", "rule_set_stubs")
+load("//tools/cuda:repositories.bzl", "cuda_toolkit", "cutlass_headers")
+load("//tools/python:repositories.bzl", "python_interpreter", "python_packages")
+
+def fused_moe_dependencies():
+    """Declares every external repository that fused_moe needs, and its Python toolchain.
+
+    Another workspace calls it after naming this one:
+
+        local_repository(name = "fused_moe", path = "...")
+        load("@fused_moe//:dependencies.bzl", "fused_moe_dependencies")
+        fused_moe_dependencies()
+
+    A repository that the caller has declared before (rules_cc, rules_python, ...) is kept.
+    Nothing is downloaded until a target needs it: `cuda` and `cutlass` not at all with
+    the architecture setting `cpu`.
+    """
+    rule_set_stubs()
+    _maybe(python_interpreter, name = "fused_moe_python")
+    _maybe(
+        python_packages,
+        name = "plotting_packages",
+        lock = Label("//tools/python:locks/plotting.txt"),
+        modules = {"matplotlib": "matplotlib"},
+    )
+    _maybe(
+        python_packages,
+        name = "python_packages",
+        aliases = {"matplotlib": "@plotting_packages//:matplotlib"},
+        cuda_lock = Label("//tools/python:locks/torch_cuda.txt"),
+        lock = Label("//tools/python:locks/packages.txt"),
+        modules = {
+            "absl_py": "absl",
+            "hypothesis": "hypothesis",
+            "numpy": "numpy",
+            "pybind11": "pybind11",
+            "pytest": "pytest",
+            "torch": "torch",
+            "tqdm": "tqdm",
+        },
+    )
+    _maybe(
+        cuda_toolkit,
+        name = "cuda",
+        lock = Label("//tools/cuda:locks/toolkit.txt"),
+    )
+    _maybe(
+        cutlass_headers,
+        name = "cutlass",
+        lock = Label("//tools/cuda:locks/cutlass.txt"),
+    )
+    native.register_toolchains("@fused_moe_python//:toolchain")
+
+def _maybe(repository_rule, name, **kwargs):
+    """Declares a repository unless the workspace has one of that name."""
+    if not native.existing_rule(name):
+        repository_rule(name = name, **kwargs)

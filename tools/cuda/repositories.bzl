@@ -1,0 +1,179 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Repository rules for the CUDA toolkit and CUTLASS."""
+
+load("//tools/python:repositories.bzl", "fetch_wheels", "find_python")
+
+_ENVIRONMENT = ["MOE_CUDA_TOOLKIT", "MOE_PYTHON", "PATH"]
+
+_TOOLKIT_BUILD = """\
+load("@fused_moe//tools/cuda/private:toolkit.bzl", "toolkit")
+load("@fused_moe//tools/python/private:missing.bzl", "missing")
+load("@rules_cc//cc:defs.bzl", "cc_import", "cc_library")
+
+package(default_visibility = ["//visibility:public"])
+
+toolkit(
+    name = "toolkit",
+    # Folders, not their thousands of files: one link each in a sandbox.
+    files = [{folders}],
+    nvcc = "{nvcc}",
+    version = "{version}",
+)
+
+cc_library(
+    name = "headers",
+    hdrs = glob(
+        ["host_include/**"],
+        allow_empty = True,
+        # C++ libraries for device code, which nvcc brings along by itself.
+        exclude = [
+            "host_include/cccl/**",
+            "host_include/cub/**",
+            "host_include/cuda/**",
+            "host_include/nv/**",
+            "host_include/thrust/**",
+        ],
+    ),
+    includes = [{includes}],
+)
+
+cc_import(
+    name = "cudart_archive",
+    static_library = "lib/libcudart_static.a",
+)
+
+cc_library(
+    name = "cudart_static",
+    linkopts = [
+        "-ldl",
+        "-lpthread",
+        "-lrt",
+    ],
+    deps = [
+        ":cudart_archive",
+        ":headers",
+    ],
+)
+"""
+
+_TOOL = """
+filegroup(
+    name = "{tool}",
+    srcs = ["bin/{tool}"],
+)
+"""
+
+_NO_TOOL = """
+missing(
+    name = "{tool}",
+    reason = "the toolkit {root} (MOE_CUDA_TOOLKIT) has no bin/{tool}",
+)
+"""
+
+def _first(repository_ctx, root, names):
+    """Returns the first of the paths below `root` that exists, or None."""
+    for name in names:
+        path = repository_ctx.path(root + "/" + name)
+        if path.exists:
+            return path
+    return None
+
+def _installed_toolkit(repository_ctx, root):
+    """Describes the toolkit installed at `root`, which stays where it is."""
+    nvcc = _first(repository_ctx, root, ["bin/nvcc"])
+    headers = _first(repository_ctx, root, ["include", "targets/x86_64-linux/include"])
+    archive = _first(repository_ctx, root, [
+        folder + "/libcudart_static.a"
+        for folder in ["lib64", "lib", "targets/x86_64-linux/lib", "lib/x86_64-linux-gnu"]
+    ])
+    for what, path in [("bin/nvcc", nvcc), ("libcudart_static.a", archive)]:
+        if not path:
+            fail(("MOE_CUDA_TOOLKIT is %s, which has no %s; it must be the root of a CUDA " +
+                  "toolkit, such as /usr/local/cuda") % (root, what))
+    if not headers or not headers.get_child("cuda_runtime.h").exists:
+        fail("MOE_CUDA_TOOLKIT is %s, which has no include/cuda_runtime.h" % root)
+    return struct(
+        archive = archive,
+        folders = [],
+        # Distributions put the headers where every compiler looks already.
+        headers = None if str(headers) == "/usr/include" else headers,
+        nvcc = str(nvcc),
+        root = root,
+    )
+
+def _wheel_toolkit(repository_ctx, python):
+    """Downloads the locked toolkit into this repository and describes it."""
+    fetch_wheels(repository_ctx, python, "wheels", ["--any-python"])
+    root = "wheels/nvidia/cu13"
+    return struct(
+        archive = repository_ctx.path(root + "/lib/libcudart_static.a"),
+        folders = [root],
+        headers = repository_ctx.path(root + "/include"),
+        nvcc = root + "/bin/nvcc",
+        root = root,
+    )
+
+def _nvcc_version(repository_ctx, nvcc):
+    """Returns nvcc's release, such as "13.0"."""
+    result = repository_ctx.execute([repository_ctx.path(nvcc), "--version"])
+    if result.return_code != 0 or "release " not in result.stdout:
+        fail("fused_moe: %s --version fails: %s" % (nvcc, result.stdout + result.stderr))
+    return result.stdout.partition("release ")[2].partition(",")[0]
+
+def _cuda_toolkit_impl(repository_ctx):
+    root = repository_ctx.os.environ.get("MOE_CUDA_TOOLKIT")
+    if root:
+        toolkit = _installed_toolkit(repository_ctx, root.rstrip("/") or "/")
+    else:
+        toolkit = _wheel_toolkit(repository_ctx, find_python(repository_ctx))
+    repository_ctx.symlink(toolkit.archive, "lib/libcudart_static.a")
+    if toolkit.headers:
+        repository_ctx.symlink(toolkit.headers, "host_include")
+    build = _TOOLKIT_BUILD.format(
+        folders = ", ".join([repr(folder) for folder in toolkit.folders]),
+        includes = "\"host_include\"" if toolkit.headers else "",
+        nvcc = toolkit.nvcc,
+        version = _nvcc_version(repository_ctx, toolkit.nvcc),
+    )
+    for tool in ["cuobjdump", "nvdisasm"]:
+        path = repository_ctx.path(toolkit.root + "/bin/" + tool)
+        if path.exists:
+            repository_ctx.symlink(path, "bin/" + tool)
+        build += (_TOOL if path.exists else _NO_TOOL).format(root = root, tool = tool)
+    repository_ctx.file("BUILD.bazel", build)
+
+cuda_toolkit = repository_rule(
+    implementation = _cuda_toolkit_impl,
+    attrs = {
+        "lock": attr.label(mandatory = True, doc = "Lock file of the toolkit's wheels."),
+        "_fetch": attr.label(default = Label("//tools/python:fetch.py")),
+    },
+    doc = """The CUDA toolkit: locked wheels, or with MOE_CUDA_TOOLKIT=/path an installed one.""",
+    environ = _ENVIRONMENT,
+)
+
+_CUTLASS_BUILD = """\
+load("@rules_cc//cc:defs.bzl", "cc_library")
+
+cc_library(
+    name = "cutlass",
+    hdrs = glob(["include/**"]),
+    includes = ["include"],
+    visibility = ["//visibility:public"],
+)
+"""
+
+def _cutlass_headers_impl(repository_ctx):
+    fetch_wheels(repository_ctx, find_python(repository_ctx), "wheel", ["--any-python"])
+    repository_ctx.symlink("wheel/cutlass_library/source/include", "include")
+    repository_ctx.file("BUILD.bazel", _CUTLASS_BUILD)
+
+cutlass_headers = repository_rule(
+    implementation = _cutlass_headers_impl,
+    attrs = {
+        "lock": attr.label(mandatory = True, doc = "Lock file of the CUTLASS wheel."),
+        "_fetch": attr.label(default = Label("//tools/python:fetch.py")),
+    },
+    doc = "CUTLASS's and CuTe's headers, from the locked wheel.",
+    environ = ["MOE_PYTHON", "PATH"],
+)

@@ -1,0 +1,112 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Downloads the wheels of a lock file with pip and unpacks them into one site-packages tree.
+
+    python3 fetch.py --lock FILE --destination FOLDER [--cuda-lock FILE] [--compile]
+
+pip uses the index, proxy and certificate settings it is configured with, and accepts only wheels
+whose SHA-256 the lock lists. With --cuda-lock, that lock follows if the PyTorch taken is not a CPU
+build. Exits with one message that names the package, its version and the lock file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import compileall
+import importlib.util
+import pathlib
+import py_compile
+import re
+import subprocess
+import sys
+import tempfile
+import zipfile
+
+SUPPORTED = ((3, 10), (3, 13))
+
+
+def fail(lock: str, what: str, log: str = "") -> None:
+    """Ends the program, naming the lock file."""
+    sys.exit(f"{log.strip()}\n\nfused_moe: {what} (lock file: {lock})")
+
+
+def explain(lock: str, log: str) -> None:
+    """Ends the program with what pip's output means."""
+    entries = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", pathlib.Path(lock).read_text(), re.MULTILINE))
+    changed = re.search(r"^\s+([A-Za-z0-9._-]+)==([^\s;]+).*? from ", log, re.MULTILINE)
+    if "DO NOT MATCH THE HASHES" in log:
+        which = f"package {changed.group(1)} {changed.group(2)}" if changed else "a package"
+        fail(lock, f"{which} has changed: its wheel's SHA-256 is not a locked one", log)
+    missing = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==([^\s;(]+)", log)
+    if missing:
+        what = f"package {missing.group(1)} {missing.group(2)} is missing: pip finds no wheel of it"
+        fail(lock, f"{what} for Python {sys.version_info[0]}.{sys.version_info[1]} on this machine", log)
+    names = ", ".join(f"{name} {version}" for name, version in entries.items())
+    fail(lock, f"pip could not download all of: {names}", log)
+
+
+def download(lock: str, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the wheels of `lock`, downloaded into `folder`."""
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
+    command += ["--only-binary=:all:", "--progress-bar=off", "--disable-pip-version-check"]
+    command += ["--dest", str(folder), "--requirement", lock]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    if result.returncode != 0:
+        lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
+        explain(lock, "\n".join(lines))
+    return sorted(folder.glob("*.whl"))
+
+
+def unpack(wheel: pathlib.Path, destination: pathlib.Path) -> None:
+    """Unpacks one wheel, keeping the executable bits and flattening its library part."""
+    with zipfile.ZipFile(wheel) as archive:
+        for entry in archive.infolist():
+            # NAME.data/purelib and platlib belong beside the packages; scripts go to bin/.
+            name = re.sub(r"^[^/]+\.data/(purelib|platlib)/", "", entry.filename)
+            name = re.sub(r"^[^/]+\.data/scripts/", "bin/", name)
+            target = destination / name
+            if entry.is_dir():
+                continue
+            target.parent.mkdir(parents=True, exist_ok=True)
+            with archive.open(entry) as source, target.open("wb") as copy:
+                while block := source.read(1 << 20):
+                    copy.write(block)
+            executable = entry.external_attr >> 16 & 0o111 or name.startswith("bin/")
+            target.chmod(0o755 if executable else 0o644)
+
+
+def main() -> None:
+    """Downloads, unpacks and, if asked to, compiles to bytecode."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--lock", required=True)
+    parser.add_argument("--cuda-lock")
+    parser.add_argument("--destination", required=True, type=pathlib.Path)
+    parser.add_argument("--compile", action="store_true")
+    parser.add_argument("--any-python", action="store_true")
+    options = parser.parse_args()
+    if not options.any_python and not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
+        low, high = (".".join(map(str, version)) for version in SUPPORTED)
+        what = f"{sys.executable} is Python {sys.version.split()[0]}; wheels are locked for {low} to"
+        fail(options.lock, f"{what} {high}. Take the interpreter's own: MOE_PYTHON_PACKAGES=system")
+    if importlib.util.find_spec("pip") is None:
+        fail(options.lock, f"{sys.executable} has no pip; Debian: apt install python3-pip")
+    with tempfile.TemporaryDirectory(dir=options.destination.parent) as folder:
+        wheels = download(options.lock, pathlib.Path(folder))
+        cpu = any(re.match(r"torch-[^-]*\+cpu-", wheel.name) for wheel in wheels)
+        if options.cuda_lock and not cpu:
+            wheels = download(options.cuda_lock, pathlib.Path(folder))
+        for wheel in wheels:
+            unpack(wheel, options.destination)
+            wheel.unlink()
+    if options.compile:
+        # The tree is read-only in Bazel's sandbox: without this each start would compile anew.
+        compileall.compile_dir(
+            options.destination,
+            quiet=2,
+            workers=0,
+            rx=re.compile(r"/tests?/|/torch/(testing|distributed|onnx|ao)/"),
+            invalidation_mode=py_compile.PycInvalidationMode.UNCHECKED_HASH,
+        )
+
+
+if __name__ == "__main__":
+    main()
