@@ -92,6 +92,7 @@ def check_call(key: tuple[Any, ...]) -> MoeCall:
     _check_tensor_dtypes(s)
     activation = shapes.effective_activation(s)
     sizes = shapes.check_shapes(s, activation.is_gated)
+    shapes.check_local_experts("fc1_expert_weights.shape[0]", backend, sizes["num_local_experts"])
     check_multiples(sizes["hidden_size"], sizes["intermediate_size"], weight_format)
     shapes.check_quant_scales(s, quantized=weight_format != WEIGHTS_AS_INPUT)
     shapes.check_devices(s)

@@ -11,6 +11,9 @@ from fused_moe.signature import Meta, Signature
 # Slots, the M * k pairs of a token and an expert, are counted in 32 bits.
 MAX_SLOTS = 2**31 - 1
 
+# What the routing kernel's tables hold: kMaxLocalExperts of moe/routing.h.
+MAX_LOCAL_EXPERTS = 2048
+
 # What kernels lay their tables out by, and, where none runs, what PyTorch's CPU allocator gives.
 WORKSPACE_ALIGNMENTS = {"cuda": 128, "cpu": 64}
 
@@ -145,6 +148,15 @@ def check_slots(name: str, num_tokens: int, top_k: int) -> None:
         raise ValueError(
             f"{name} is {num_tokens * top_k}; it must be at most {MAX_SLOTS}: split the "
             "tokens over several calls"
+        )
+
+
+def check_local_experts(name: str, backend: str, num_local_experts: int) -> None:
+    """Raises ValueError where a rank has more experts than the backend can route to."""
+    if backend != "cpu" and num_local_experts > MAX_LOCAL_EXPERTS:
+        raise ValueError(
+            f"{name} is {num_local_experts}; it must be at most {MAX_LOCAL_EXPERTS} on backend "
+            f"'{backend}': spread the experts over more ranks with ep_size"
         )
 
 

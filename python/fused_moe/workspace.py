@@ -92,6 +92,7 @@ def cutlass_fused_moe_workspace_size(
         )
     shapes.check_slots("num_tokens * top_k", num_tokens, top_k)
     num_local_experts = num_experts // ep_size
+    shapes.check_local_experts("num_experts / ep_size", name, num_local_experts)
     _, nbytes = arguments.plan_problem(
         name,
         shapes.activation_of(activation_type),
