@@ -38,10 +38,7 @@ def topk_softmax(
     logits = router_logits.float()
     # A stable sort, because torch.topk leaves the order of equal values open.
     ordered, order = torch.sort(logits, dim=1, descending=True, stable=True)
-    chosen = ordered[:, :k]
-    if renormalize:
-        scales = torch.softmax(chosen, dim=1)
-        # A NaN row sorts its NaNs first, and +inf - +inf is NaN: both already show in `chosen`.
-    else:
-        scales = torch.exp(chosen - torch.logsumexp(logits, dim=1, keepdim=True))
+    # A NaN sorts first and +inf - +inf is NaN, so that both show in the scales of their row.
+    considered = ordered[:, :k] if renormalize else ordered
+    scales = torch.softmax(considered, dim=1)[:, :k].contiguous()
     return scales, order[:, :k].to(torch.int32)
