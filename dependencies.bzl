@@ -28,6 +28,12 @@ def fused_moe_dependencies():
     )
     _maybe(
         python_packages,
+        name = "pybind11",
+        lock = Label("//tools/python:locks/pybind11.txt"),
+        modules = {"pybind11": "pybind11"},
+    )
+    _maybe(
+        python_packages,
         name = "python_packages",
         aliases = {"matplotlib": "@plotting_packages//:matplotlib"},
         cuda_lock = Label("//tools/python:locks/torch_cuda.txt"),
@@ -36,7 +42,6 @@ def fused_moe_dependencies():
             "absl_py": "absl",
             "hypothesis": "hypothesis",
             "numpy": "numpy",
-            "pybind11": "pybind11",
             "pytest": "pytest",
             "torch": "torch",
             "tqdm": "tqdm",

@@ -49,7 +49,7 @@ def pybind_extension(name, module, srcs, deps = [], copts = [], local_defines = 
         linkshared = True,
         local_defines = local_defines,
         visibility = ["//visibility:private"],
-        deps = deps + ["@python_packages//:pybind11_headers"],
+        deps = deps + ["@pybind11//:headers"],
     )
     _extension_module(
         name = name,

@@ -54,7 +54,6 @@ GROUPS = {
             "absl-py",
             "hypothesis",
             "numpy",
-            "pybind11",
             "pytest",
             "torch==2.13.0",
             "tqdm",
@@ -66,6 +65,11 @@ GROUPS = {
         "The CUDA libraries of PyTorch's default build; not needed by its CPU build.",
         ("torch===2.13.0",),
         upon=("packages",),
+    ),
+    "pybind11": Group(
+        "tools/python/locks/pybind11.txt",
+        "The headers of the extension's binding; apart, so that building it needs no PyTorch.",
+        ("pybind11",),
     ),
     "plotting": Group(
         "tools/python/locks/plotting.txt",

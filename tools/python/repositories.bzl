@@ -136,7 +136,7 @@ missing(
 
 _PYBIND11 = """
 cc_library(
-    name = "pybind11_headers",
+    name = "headers",
     hdrs = glob(["pybind11_include/**/*.h"]),
     includes = ["pybind11_include"],
     deps = ["@fused_moe_python//:headers"],
@@ -207,7 +207,7 @@ def _python_packages_impl(repository_ctx):
             repository_ctx.symlink(pybind11, "pybind11_include")
             build += _PYBIND11
         else:
-            build += _MISSING.format(name = "pybind11_headers", interpreter = python.interpreter)
+            build += _MISSING.format(name = "headers", interpreter = python.interpreter)
     for name, actual in repository_ctx.attr.aliases.items():
         build += _ALIAS.format(name = name, actual = actual)
     repository_ctx.file("BUILD.bazel", build)

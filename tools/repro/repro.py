@@ -1,0 +1,120 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Shows that a build is reproducible: two checkouts, two output roots, the same bytes.
+
+    ./bazelw run //tools/repro                      one kernel object and the CPU extension
+    ./bazelw run //tools/repro -- TARGET ...        these targets, in the default configuration
+
+The tree as it is (tracked files and new ones that git does not ignore) is copied to two folders
+of different depth, each is built with an output root of its own, and the files of the targets are
+compared. Prints their SHA-256; exit status 1 where two differ.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import pathlib
+import shutil
+import subprocess
+import sys
+import tempfile
+
+# (options, targets): a kernel that is quick to compile, and all C++ of the CPU extension.
+DEFAULT = (
+    ([], ["//moe:routing"]),
+    (["--config=cpu"], ["//python/binding:_C.so"]),
+)
+FOLDERS = ("first", "second/and/deeper")
+
+
+def checkout() -> pathlib.Path:
+    """Returns the root of the checkout this was started in."""
+    start = os.environ.get("BUILD_WORKSPACE_DIRECTORY") or pathlib.Path(__file__).parent
+    command = ["git", "-C", str(start), "rev-parse", "--show-toplevel"]
+    return pathlib.Path(subprocess.run(command, **_CAPTURE).stdout.strip())
+
+
+def copy_tree(source: pathlib.Path, destination: pathlib.Path) -> None:
+    """Copies what git tracks or would track."""
+    command = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others"]
+    names = subprocess.run([*command, "--exclude-standard"], **_CAPTURE).stdout.split("\0")
+    for name in sorted(set(names) - {""}):
+        if (source / name).is_file():
+            (destination / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(source / name, destination / name)
+
+
+def bazel(tree: pathlib.Path, output_base: pathlib.Path, *arguments: str) -> str:
+    """Runs Bazel in `tree` with an output root of its own; returns its standard output."""
+    command = [str(tree / "bazelw"), f"--output_base={output_base}", *arguments]
+    result = subprocess.run(command, cwd=tree, stdout=subprocess.PIPE, text=True, check=False)
+    if result.returncode != 0:
+        raise SystemExit(f"repro: {' '.join(arguments)} failed in {tree}")
+    return result.stdout
+
+
+def outputs(
+    tree: pathlib.Path, output_base: pathlib.Path, options: list[str], targets: list[str]
+) -> dict[str, str]:
+    """Builds `targets` and returns the SHA-256 of each of their files, by path."""
+    # No cache that both builds could share.
+    options = [*options, "--disk_cache=", "--remote_cache="]
+    bazel(tree, output_base, "build", *options, "--", *targets)
+    # Every version of Bazel can list the outputs of these targets' own actions this way.
+    text = bazel(tree, output_base, "aquery", *options, " + ".join(targets))
+    root = pathlib.Path(bazel(tree, output_base, "info", *options, "execution_root").strip())
+    found = {}
+    for line in text.splitlines():
+        line = line.strip()
+        if line.startswith("Outputs: ["):
+            for name in line.removeprefix("Outputs: [").removesuffix("]").split(", "):
+                path = root / name
+                if path.suffix in (".o", ".so", ".a", ".lo") and path.is_file():
+                    found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def compare(first: dict[str, str], second: dict[str, str]) -> int:
+    """Prints each file and whether both builds agree on it; returns how many do not."""
+    different = 0
+    for name in sorted(first.keys() | second.keys()):
+        one, two = first.get(name, "absent"), second.get(name, "absent")
+        different += one != two
+        print(f"{'same     ' if one == two else 'DIFFERENT'} {one[:64]}  {name}")
+    return different
+
+
+def main() -> None:
+    """Builds twice and compares."""
+    work = DEFAULT if len(sys.argv) == 1 else (([], sys.argv[1:]),)
+    source = checkout()
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    cache.mkdir(parents=True, exist_ok=True)
+    # Not under /tmp, which .bazelrc replaces in the sandbox.
+    results: list[dict[str, str]] = []
+    with tempfile.TemporaryDirectory(dir=cache, prefix="fused_moe_repro_") as scratch:
+        for folder in FOLDERS:
+            tree = pathlib.Path(scratch) / folder / "tree"
+            output_base = pathlib.Path(scratch) / folder / "output"
+            copy_tree(source, tree)
+            found: dict[str, str] = {}
+            try:
+                for options, targets in work:
+                    found |= outputs(tree, output_base, options, targets)
+            finally:
+                bazel(tree, output_base, "shutdown")
+                # Bazel leaves read-only folders.
+                subprocess.run(["chmod", "-R", "u+w", str(output_base)], check=False)
+            results.append(found)
+    if not results[0]:
+        raise SystemExit("repro: the targets have no object, library or archive to compare")
+    different = compare(*results)
+    print(f"{len(results[0])} files built twice, {different} of them different")
+    sys.exit(1 if different else 0)
+
+
+_CAPTURE = {"capture_output": True, "text": True, "check": True}
+
+
+if __name__ == "__main__":
+    main()
