@@ -5,9 +5,10 @@
 //     h[n]      = sum_k a[source(r), k] * weights[e, n, k] * weight_scales[e, n]  + bias[e, n]
 //     out[r, c] = row_scale(r) * activation(h)[c]
 //
-// GEMM 1 gathers its rows from the input (source = row_to_token) and applies the layer's
-// activation; GEMM 2 reads the intermediate rows in place, applies Identity and scales each row
-// by the router's weight. Products and sums are float32; `out` has the dtype of `a`.
+// GEMM 1 gathers its rows from the input, source(r) = row_slot[r] / top_k, the row's token, and
+// applies the layer's activation. GEMM 2 reads the intermediate rows in place, source(r) = r,
+// applies Identity and scales each row by the router's weight, slot_scales[row_slot[r]].
+// Products and sums are float32; `out` has the dtype of `a`.
 
 #ifndef MOE_GROUPED_GEMM_H_
 #define MOE_GROUPED_GEMM_H_
@@ -21,14 +22,15 @@ namespace moe {
 
 struct GroupedGemm {
   const void* a = nullptr;               // [*, k] dtype
-  const int32_t* row_source = nullptr;   // [rows] row of `a` for each row; null: itself
+  bool gather = false;                   // rows of `a` are tokens
+  int32_t top_k = 1;
   const void* weights = nullptr;         // [experts, fc rows, k]
   const void* weight_scales = nullptr;   // [experts, fc rows]; null for 16-bit weights
   const void* bias = nullptr;            // [experts, fc rows]; may be null
   const float* swiglu_alpha = nullptr;   // [experts]; null: 1
   const float* swiglu_beta = nullptr;    // [experts]; null: 0
   const float* swiglu_limit = nullptr;   // [experts]; null: infinity, 7 for SwigluStep
-  const int32_t* row_slot = nullptr;     // [rows] index into slot_scales
+  const int32_t* row_slot = nullptr;     // [rows]
   const float* slot_scales = nullptr;    // [slots]; null: 1
   void* out = nullptr;                   // [rows, columns] dtype
   const RowTile* row_tiles = nullptr;    // device list

@@ -69,7 +69,6 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   RoutingBuffers routing;
   routing.num_row_tiles = ints(plan.num_row_tiles);
   routing.expert_counts = ints(plan.expert_counts);
-  routing.row_to_token = ints(plan.row_to_token);
   routing.row_to_slot = ints(plan.row_to_slot);
   routing.slot_to_row = ints(plan.slot_to_row);
   for (int i = 0; i < 2; ++i) {
@@ -83,6 +82,8 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
     gemm.num_row_tiles = routing.num_row_tiles + i;
     gemm.max_row_tiles =
         MaxRowTiles(problem.num_slots(), problem.num_local_experts, routing.tile_rows[i]);
+    gemm.row_slot = routing.row_to_slot;
+    gemm.top_k = problem.top_k;
     gemm.dtype = problem.dtype;
     gemm.bias_dtype = problem.output_dtype;
     gemm.weight_scale_dtype = arguments.weight_scale_dtype;
@@ -92,7 +93,7 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   GroupedGemm gemm1;
   list(gemm1, 0);
   gemm1.a = arguments.input;
-  gemm1.row_source = routing.row_to_token;
+  gemm1.gather = true;
   gemm1.weights = arguments.fc1_weights;
   gemm1.weight_scales = arguments.fc1_scales;
   gemm1.bias = arguments.fc1_bias;
@@ -111,7 +112,6 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   gemm2.weights = arguments.fc2_weights;
   gemm2.weight_scales = arguments.fc2_scales;
   gemm2.bias = arguments.fc2_bias;
-  gemm2.row_slot = routing.row_to_slot;
   gemm2.slot_scales = arguments.scales;
   gemm2.out = at(plan.expert_output);
   gemm2.columns = problem.hidden_size;

@@ -2,13 +2,16 @@
 //
 // A counting sort of slots by expert.
 //
-//   up to kSlotsInOneBlock slots   one block counts, scans, writes the tile lists and scatters
-//   beyond                         count (a histogram a block) -> plan (one block: scan, lists)
-//                                  -> scatter (each block from its own starting rows)
+//   up to kSlotsInOneLaunch slots   one launch of a few blocks. Every block counts all slots (they
+//                                   are few, and in L2) and scatters its own share, so that no
+//                                   block waits for another
+//   beyond                          count (a histogram a block) -> plan (one block: scan, lists)
+//                                   -> scatter (each block from its own starting rows)
 //
 // Nothing is zeroed beforehand and nothing is read that the same call did not write, so a
-// poisoned workspace is fine. What bounds it: latency of the launches and of shared-memory
-// atomics; 4 bytes are read and 12 written for each slot.
+// poisoned workspace is fine. What bounds it: the latency of launches and shared-memory atomics;
+// 4 bytes are read and 8 written for each slot, those of row_to_slot scattered, which is why one
+// multiprocessor alone is slow at it.
 
 #include "moe/routing.h"
 #include "moe/workspace.h"
@@ -17,8 +20,8 @@ namespace moe {
 namespace {
 
 constexpr int kThreads = 1024;
-constexpr int kSlotsPerThread = 8;
-constexpr int64_t kSlotsInOneBlock = kThreads * kSlotsPerThread;
+constexpr int kSlotsPerBlock = kThreads;  // scattered by a block of the one-launch routing
+constexpr int64_t kSlotsInOneLaunch = 16 * kSlotsPerBlock;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
@@ -26,7 +29,6 @@ struct Params {
   const int32_t* experts;
   RoutingBuffers buffers;
   int32_t slots;
-  int32_t top_k;
   int32_t first_expert;
   int32_t num_experts;      // local
   int32_t slots_per_block;  // large inputs
@@ -68,15 +70,13 @@ __device__ int32_t LocalExpert(const Params& p, int32_t slot) {
 
 __device__ void PlaceSlot(const Params& p, int32_t slot, int32_t row) {
   p.buffers.slot_to_row[slot] = row;
-  if (row < 0) return;
-  p.buffers.row_to_slot[row] = slot;
-  p.buffers.row_to_token[row] = slot / p.top_k;
+  if (row >= 0) p.buffers.row_to_slot[row] = slot;
 }
 
-// From counts[e], by the whole block: row_begin[e] and both tile lists. All three arrays are in
-// shared memory; `first_tile` holds two numbers an expert.
-__device__ void PlanTiles(const Params& p, const int32_t* counts, int32_t* row_begin,
-                          int32_t* first_tile) {
+// From counts[e], by the whole block: row_begin[e], first_tile[2 * e + list] and their totals.
+// The arrays are in shared memory.
+__device__ void ScanExperts(const Params& p, const int32_t* counts, int32_t* row_begin,
+                            int32_t* first_tile, Extent& total) {
   __shared__ Extent warp_sums[kWarps];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -103,50 +103,66 @@ __device__ void PlanTiles(const Params& p, const int32_t* counts, int32_t* row_b
     carry = carry + warp_sums[kWarps - 1];
     __syncthreads();  // before warp_sums is written again, and for row_begin's readers
   }
-  if (threadIdx.x < 2) p.buffers.num_row_tiles[threadIdx.x] = carry.tiles[threadIdx.x];
+  total = carry;
+}
 
-  // A warp an expert: the lanes share the work of an expert with many tiles.
-  for (int e = warp; e < p.num_experts; e += kWarps) {
+// Writes both tile lists, each thread some entries: it finds the expert of an entry by bisection,
+// which costs the same whether one expert has all tiles or each has one.
+__device__ void WriteTileLists(const Params& p, const int32_t* counts, const int32_t* row_begin,
+                               const int32_t* first_tile, const Extent& total) {
+  if (threadIdx.x < 2) p.buffers.num_row_tiles[threadIdx.x] = total.tiles[threadIdx.x];
 #pragma unroll
-    for (int list = 0; list < 2; ++list) {
-      const int32_t height = p.buffers.tile_rows[list];
-      const int32_t tiles = (counts[e] + height - 1) / height;
-      const RowTile tile = {e, first_tile[2 * e + list], row_begin[e], row_begin[e] + counts[e]};
-      for (int t = lane; t < tiles; t += 32) {
-        p.buffers.row_tiles[list][tile.first_tile + t] = tile;
+  for (int list = 0; list < 2; ++list) {
+    for (int tile = threadIdx.x; tile < total.tiles[list]; tile += kThreads) {
+      // The last expert whose first tile is not beyond this one; experts without tiles share
+      // their first tile with the next that has some, and come before it.
+      int low = 0;
+      int high = p.num_experts;
+      while (high - low > 1) {
+        const int middle = (low + high) / 2;
+        if (first_tile[2 * middle + list] <= tile) {
+          low = middle;
+        } else {
+          high = middle;
+        }
       }
+      p.buffers.row_tiles[list][tile] = {low, first_tile[2 * low + list], row_begin[low],
+                                         row_begin[low] + counts[low]};
     }
   }
 }
 
-extern __shared__ int32_t shared_experts[];  // 4 numbers an expert
+extern __shared__ int32_t shared_experts[];  // up to 5 numbers an expert
 
-__global__ void __launch_bounds__(kThreads) RouteInOneBlockKernel(Params p) {
+__global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
   int32_t* counts = shared_experts;
-  int32_t* row_begin = counts + p.num_experts;
+  int32_t* earlier = counts + p.num_experts;  // of the slots before this block's share
+  int32_t* row_begin = earlier + p.num_experts;
   int32_t* first_tile = row_begin + p.num_experts;
 
-  for (int e = threadIdx.x; e < p.num_experts; e += kThreads) counts[e] = 0;
+  for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
+    counts[e] = 0;
+    earlier[e] = 0;
+  }
   __syncthreads();
+  const int32_t share_begin = blockIdx.x * kSlotsPerBlock;
+  for (int32_t slot = threadIdx.x; slot < p.slots; slot += kThreads) {
+    const int32_t expert = LocalExpert(p, slot);
+    if (expert < 0) continue;
+    atomicAdd(&counts[expert], 1);
+    if (slot < share_begin) atomicAdd(&earlier[expert], 1);
+  }
+  __syncthreads();
+  Extent total;
+  ScanExperts(p, counts, row_begin, first_tile, total);
 
-  int32_t expert[kSlotsPerThread];
-  int32_t rank[kSlotsPerThread];
-#pragma unroll
-  for (int i = 0; i < kSlotsPerThread; ++i) {
-    const int32_t slot = i * kThreads + threadIdx.x;
-    expert[i] = slot < p.slots ? LocalExpert(p, slot) : -1;
+  const int32_t own_slot = share_begin + threadIdx.x;
+  if (own_slot < p.slots) {
+    const int32_t expert = LocalExpert(p, own_slot);
+    PlaceSlot(p, own_slot,
+              expert >= 0 ? row_begin[expert] + atomicAdd(&earlier[expert], 1) : -1);
   }
-#pragma unroll
-  for (int i = 0; i < kSlotsPerThread; ++i) {
-    rank[i] = expert[i] >= 0 ? atomicAdd(&counts[expert[i]], 1) : 0;
-  }
-  __syncthreads();
-  PlanTiles(p, counts, row_begin, first_tile);
-#pragma unroll
-  for (int i = 0; i < kSlotsPerThread; ++i) {
-    const int32_t slot = i * kThreads + threadIdx.x;
-    if (slot < p.slots) PlaceSlot(p, slot, expert[i] >= 0 ? row_begin[expert[i]] + rank[i] : -1);
-  }
+  if (blockIdx.x == gridDim.x - 1) WriteTileLists(p, counts, row_begin, first_tile, total);
 }
 
 // The slots of a block: [begin, end).
@@ -185,7 +201,9 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(Params p) {
     counts[e] = sum;
   }
   __syncthreads();
-  PlanTiles(p, counts, row_begin, first_tile);
+  Extent total;
+  ScanExperts(p, counts, row_begin, first_tile, total);
+  WriteTileLists(p, counts, row_begin, first_tile, total);
   for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
     int32_t next = row_begin[e];
 #pragma unroll 8
@@ -218,12 +236,12 @@ cudaError_t LaunchRouting(const Problem& problem, const int32_t* experts,
   p.experts = experts;
   p.buffers = buffers;
   p.slots = static_cast<int32_t>(problem.num_slots());
-  p.top_k = problem.top_k;
   p.first_expert = problem.first_local_expert;
   p.num_experts = problem.num_local_experts;
   const size_t per_expert = p.num_experts * sizeof(int32_t);
-  if (p.slots <= kSlotsInOneBlock) {
-    RouteInOneBlockKernel<<<1, kThreads, 4 * per_expert, stream>>>(p);
+  if (p.slots <= kSlotsInOneLaunch) {
+    const int blocks = (p.slots + kSlotsPerBlock - 1) / kSlotsPerBlock;
+    RouteInOneLaunchKernel<<<blocks, kThreads, 5 * per_expert, stream>>>(p);
     return cudaGetLastError();
   }
   p.blocks = RoutingBlocks(problem);

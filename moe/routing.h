@@ -14,7 +14,7 @@
 
 namespace moe {
 
-// Shared memory holds four numbers an expert.
+// Shared memory holds up to five numbers an expert.
 inline constexpr int32_t kMaxLocalExperts = 2048;
 
 // Device pointers into the workspace, as in WorkspacePlan.
@@ -23,12 +23,11 @@ struct RoutingBuffers {
   RowTile* row_tiles[2];
   int32_t tile_rows[2];     // tile heights of GEMM 1 and GEMM 2
   int32_t* expert_counts;   // [RoutingBlocks, E_l]
-  int32_t* row_to_token;    // [slots]
   int32_t* row_to_slot;     // [slots]
   int32_t* slot_to_row;     // [slots]
 };
 
-// One launch up to a few thousand slots, three beyond. Any id value is safe: ids outside
+// One launch up to 16384 slots, three beyond. Any id value is safe: ids outside
 // [first_local_expert, first_local_expert + E_l) get row -1. The order of rows within an expert
 // is unspecified; no result depends on it.
 cudaError_t LaunchRouting(const Problem& problem, const int32_t* experts,

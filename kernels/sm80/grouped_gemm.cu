@@ -20,9 +20,10 @@
 //     +--------+       | warp |      |      |
 //                      +--------------------+
 //
-// The loop is flat over (tile, part of k) steps. Each step waits for its stage, lets every warp
-// pass a barrier (after which the stage consumed one step ago is free), and then starts the copies
-// for the step kStages - 1 ahead between its own mmas, whichever tile that step belongs to.
+// The loop is flat over (tile, part of k) steps. A step multiplies one stage and, between its
+// mmas, starts the copies for the step kStages - 1 ahead, whichever tile that belongs to, into the
+// stage that was multiplied before. Its last mmas run while the warps meet at the barrier that
+// publishes the next stage and while the first fragments of that one are loaded.
 //
 // What bounds it. Few rows an expert: DRAM; an SM must keep 32 KiB or more in flight, which
 // (kStages - 1) stages of the resident blocks do. Many rows: the issue rate of mma.sync; a
@@ -46,17 +47,22 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
 
   const Scheduler<T::kTile.m, T::kTileColumns> schedule(gemm);
   Loader<T> loader(gemm, schedule, static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
-  const Mainloop<T> mainloop(shared,
-                             gemm.weight_format == WeightFormat::kUint8 ? 0x80808080u : 0u);
+  Mainloop<T> mainloop(shared, gemm.weight_format == WeightFormat::kUint8 ? 0x80808080u : 0u);
   const int k_tiles = (gemm.k + T::kTile.k - 1) / T::kTile.k;
   const int warp_row = threadIdx.x / 32 / T::kTile.warps_n * T::kWarpM;
 
-#pragma unroll
+#pragma unroll 1
   for (int s = 0; s < T::kStages - 1; ++s) {
     loader.template Issue<0, 1>();
     loader.Advance();
     cute::cp_async_fence();
   }
+  auto publish = [] {
+    cute::cp_async_wait<T::kStages - 2>();
+    __syncthreads();
+  };
+  publish();
+  mainloop.Prime();
 
   int stage = 0;
   for (int32_t work = blockIdx.x; work < schedule.work_items; work += gridDim.x) {
@@ -64,14 +70,17 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
     const int active = min(T::kMmaM, max(0, (item.rows - warp_row + 15) / 16));
     typename Mainloop<T>::Accumulators acc = {};
     for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-      cute::cp_async_wait<T::kStages - 2>();
-      __syncthreads();
-      mainloop.Run(stage, active, acc, [&](auto step) {
-        loader.template Issue<decltype(step)::value, T::kMmaK>();
-      });
+      const int next = stage == (T::kStages - 1) * T::kStageBytes ? 0 : stage + T::kStageBytes;
+      mainloop.Run(
+          stage, next, active, acc,
+          [&](auto step) {
+            constexpr int kParts = T::kMmaK - 1;
+            loader.template Issue<decltype(step)::value, kParts>();
+            if constexpr (decltype(step)::value == kParts - 1) cute::cp_async_fence();
+          },
+          publish);
       loader.Advance();
-      cute::cp_async_fence();
-      stage = stage + 1 == T::kStages ? 0 : stage + 1;
+      stage = next;
     }
     Epilogue<T>(gemm, item, acc);
   }

@@ -38,78 +38,91 @@ class Loader {
       : gemm_(gemm),
         schedule_(schedule),
         work_(blockIdx.x),
-        k_tiles_((gemm.k + T::kTile.k - 1) / T::kTile.k),
-        chunk_a_(threadIdx.x % T::kChunksA),
-        chunk_b_(threadIdx.x % T::kChunksB) {
-    const int row_a = threadIdx.x / T::kChunksA;
-    const int row_b = threadIdx.x / T::kChunksB;
-    shared_a_ = shared + row_a * T::kRowBytesA + (chunk_a_ ^ SwizzleA<T>(row_a)) * 16;
-    shared_b_ = shared + T::kBytesA + row_b * T::kRowBytesB +
-                (chunk_b_ ^ LdmatrixSwizzle<T::kRowBytesB>(row_b)) * 16;
+        k_tiles_((gemm.k + T::kTile.k - 1) / T::kTile.k) {
+    const int chunk_a = threadIdx.x % T::kChunksA;
+    const int chunk_b = threadIdx.x % T::kChunksB;
+    shared_a_ = shared + RowA() * T::kRowBytesA + (chunk_a ^ SwizzleA<T>(RowA())) * 16;
+    shared_b_ = shared + T::kBytesA + RowB() * T::kRowBytesB +
+                (chunk_b ^ LdmatrixSwizzle<T::kRowBytesB>(RowB())) * 16;
     BeginTile();
   }
 
   // Issues part `kPart` of `kParts` of the current step's copies, so that a caller can spread
-  // them between its mma instructions.
+  // them between its mma instructions. Branch-free for the same reason: each copy is predicated,
+  // and after the last tile all predicates are false.
   template <int kPart, int kParts>
   __device__ void Issue() const {
-    if (work_ >= schedule_.work_items) return;
-    const uint32_t stage = stage_ * T::kStageBytes;
-    const int32_t chunks_a = gemm_.k / 8;
-    const int32_t chunk_a = k_tile_ * T::kChunksA + chunk_a_;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsA; i += kParts) {
-      if (row_a_[i] == kNoRow) continue;
-      const char* from = static_cast<const char*>(gemm_.a) +
-                         (static_cast<int64_t>(row_a_[i]) * chunks_a + chunk_a) * 16;
-      CopyAsync16(shared_a_ + stage + i * T::kRowStepA * T::kRowBytesA, from, chunk_a < chunks_a);
+      if (chunks_a_[i] == kNoRow) continue;
+      CopyAsync16(shared_a_ + stage_ + i * T::kRowStepA * T::kRowBytesA,
+                  a_ + static_cast<uint64_t>(chunks_a_[i]) * 16, chunks_left_a_ > 0);
     }
     const uint32_t row_bytes = gemm_.k * (T::kQuantized ? 1 : 2);
-    const int32_t k_byte = (k_tile_ * T::kChunksB + chunk_b_) * 16;
-    const bool fill = k_byte < row_bytes;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsB; i += kParts) {
       constexpr int kStep = T::kRowStepB;
       if (column_ + Columns::Column(i * kStep) >= gemm_.columns) continue;
-      const char* row = Columns::IsGate(i * kStep) ? gate_rows_ : rows_;
-      const char* from = row + static_cast<uint64_t>(row_bytes) * Columns::Column(i * kStep);
-      CopyAsync16(shared_b_ + stage + i * kStep * T::kRowBytesB, from + k_byte, fill);
+      const char* rows = Columns::IsGate(i * kStep) ? gate_rows_ : rows_;
+      CopyAsync16(shared_b_ + stage_ + i * kStep * T::kRowBytesB,
+                  rows + static_cast<uint64_t>(row_bytes) * Columns::Column(i * kStep),
+                  chunks_left_b_ > 0);
     }
   }
 
   // Moves on to the next step: the next stage, the next part of k, or the next tile.
   __device__ void Advance() {
-    stage_ = stage_ + 1 == T::kStages ? 0 : stage_ + 1;
-    if (++k_tile_ < k_tiles_) return;
-    k_tile_ = 0;
-    work_ += gridDim.x;
-    BeginTile();
+    stage_ = stage_ == (T::kStages - 1) * T::kStageBytes ? 0 : stage_ + T::kStageBytes;
+    a_ += T::kRowBytesA;
+    rows_ += T::kRowBytesB;
+    gate_rows_ += T::kRowBytesB;
+    chunks_left_a_ -= T::kChunksA;
+    chunks_left_b_ -= T::kChunksB;
+    if (++k_tile_ == k_tiles_) {
+      work_ += gridDim.x;
+      BeginTile();
+    }
   }
 
  private:
-  static constexpr int32_t kNoRow = -1;
+  static constexpr uint32_t kNoRow = 0xffffffffu;
+
+  // The thread's first row of each operand; the others follow in steps of kRowStep.
+  __device__ static int RowA() { return threadIdx.x / T::kChunksA; }
+  __device__ static int RowB() { return threadIdx.x / T::kChunksB; }
 
   __device__ void BeginTile() {
-    if (work_ >= schedule_.work_items) return;
+    k_tile_ = 0;
+    if (work_ >= schedule_.work_items) {
+      column_ = 1 << 30;
+#pragma unroll
+      for (int i = 0; i < T::kLoadsA; ++i) chunks_a_[i] = kNoRow;
+      return;
+    }
     const WorkItem item = schedule_.Decode(work_);
-    const int row_a = threadIdx.x / T::kChunksA;
+    const uint32_t row_chunks = gemm_.k / 8;
+    const int chunk_a = threadIdx.x % T::kChunksA;
+    a_ = static_cast<const char*>(gemm_.a) + chunk_a * 16;
+    chunks_left_a_ = row_chunks - chunk_a;
 #pragma unroll
     for (int i = 0; i < T::kLoadsA; ++i) {
-      const int row = row_a + i * T::kRowStepA;
-      row_a_[i] = kNoRow;
+      const int row = RowA() + i * T::kRowStepA;
+      chunks_a_[i] = kNoRow;
       if (row >= item.rows) continue;
-      const int32_t sorted = item.row_begin + row;
-      row_a_[i] = gemm_.row_source != nullptr ? __ldg(gemm_.row_source + sorted) : sorted;
+      uint32_t source = item.row_begin + row;
+      if (gemm_.gather) source = static_cast<uint32_t>(gemm_.row_slot[source]) / gemm_.top_k;
+      chunks_a_[i] = source * row_chunks;
     }
-    const int row_b = threadIdx.x / T::kChunksB;
-    column_ = item.column + Columns::Column(row_b);
+    column_ = item.column + Columns::Column(RowB());
+    const int chunk_b = threadIdx.x % T::kChunksB;
     const int64_t row_bytes = static_cast<int64_t>(gemm_.k) * (T::kQuantized ? 1 : 2);
-    const int64_t rows = static_cast<int64_t>(gemm_.columns) * Columns::kHalves;
-    const char* up =
-        static_cast<const char*>(gemm_.weights) + (item.expert * rows + column_) * row_bytes;
+    chunks_left_b_ = static_cast<int32_t>(row_bytes / 16) - chunk_b;
+    const int64_t expert_rows = static_cast<int64_t>(gemm_.columns) * Columns::kHalves;
+    const char* up = static_cast<const char*>(gemm_.weights) +
+                     (item.expert * expert_rows + column_) * row_bytes + chunk_b * 16;
     const char* gate = up + gemm_.columns * row_bytes;
     // The gate bit of a row is either in the thread's own part of it or in the compile-time part.
-    rows_ = Columns::IsGate(row_b) ? gate : up;
+    rows_ = Columns::IsGate(RowB()) ? gate : up;
     gate_rows_ = gate;
   }
 
@@ -118,15 +131,16 @@ class Loader {
   int32_t work_;
   int32_t k_tile_ = 0;
   int32_t k_tiles_;
-  int32_t stage_ = 0;
-  int32_t chunk_a_;
-  int32_t chunk_b_;
+  uint32_t stage_ = 0;  // byte offset
   uint32_t shared_a_;
   uint32_t shared_b_;
-  int32_t row_a_[T::kLoadsA];  // rows of A, kNoRow beyond the tile
-  int32_t column_;             // of the thread's first weight row
-  const char* rows_;           // that weight row
-  const char* gate_rows_;
+  const char* a_ = nullptr;  // input at the thread's chunk of the step
+  uint32_t chunks_a_[T::kLoadsA];  // from there to its rows, in 16-byte units (64 GiB reach)
+  int32_t chunks_left_a_ = 0;      // of k, from the thread's chunk on: none means zeros
+  int32_t chunks_left_b_ = 0;
+  int32_t column_;                   // of the thread's first weight row
+  const char* rows_ = nullptr;       // that weight row, at the thread's chunk of the step
+  const char* gate_rows_ = nullptr;  // its gate row
 };
 
 }  // namespace moe::sm80

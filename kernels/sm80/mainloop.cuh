@@ -73,38 +73,42 @@ class Mainloop {
     }
   }
 
-  // Multiplies a stage. `active` is how many of the warp's 16-row blocks hold rows; `between`
-  // is called with std::integral_constant<int, step> before the mmas of each k16 step.
-  template <typename Between>
-  __device__ void Run(int stage, int active, Accumulators& acc, Between&& between) const {
+  // Loads the first fragments of the first stage, once it is there.
+  __device__ void Prime() { Load<true>(shared_, 0, T::kMmaM, fragments_[0]); }
+
+  // Multiplies the stage at byte offset `stage`. `active` is how many of the warp's 16-row blocks
+  // hold rows. Fragments are loaded one k16 step ahead, across stages too:
+  //   issue(step)  is called for every step but the last, to start copies between the mmas;
+  //   publish()    before the last step's mmas: must return once the stage at `next` is there.
+  // All reads of `stage` are then behind the barrier in publish(), which is what frees it.
+  template <typename Issue, typename Publish>
+  __device__ void Run(int stage, int next, int active, Accumulators& acc, Issue&& issue,
+                      Publish&& publish) {
     // Partly filled tiles skip the empty 16-row blocks. They take a path of their own, so that
     // full tiles keep a loop without branches.
     if (active == T::kMmaM) {
-      Steps<true>(stage, active, acc, between);
+      Steps<true, 0>(shared_ + stage, shared_ + next, active, acc, issue, publish);
     } else {
-      Steps<false>(stage, active, acc, between);
+      Steps<false, 0>(shared_ + stage, shared_ + next, active, acc, issue, publish);
     }
   }
 
  private:
-  template <bool kFull, typename Between>
-  __device__ void Steps(int stage, int active, Accumulators& acc, Between& between) const {
-    const char* base = shared_ + stage * T::kStageBytes;
-    Fragments<T> fragments[2];  // loads run one step ahead
-    Load<kFull>(base, 0, active, fragments[0]);
-    Unrolled<kFull, 0>(base, active, acc, fragments, between);
-  }
-
-  template <bool kFull, int kStep, typename Between>
-  __device__ void Unrolled(const char* base, int active, Accumulators& acc,
-                           Fragments<T> (&fragments)[2], Between& between) const {
+  template <bool kFull, int kStep, typename Issue, typename Publish>
+  __device__ void Steps(const char* stage, const char* next, int active, Accumulators& acc,
+                        Issue& issue, Publish& publish) {
+    static_assert(T::kMmaK % 2 == 0, "each stage begins with the same one of two fragments");
     if constexpr (kStep < T::kMmaK) {
+      Fragments<T>& ahead = fragments_[(kStep + 1) % 2];
       if constexpr (kStep + 1 < T::kMmaK) {
-        Load<kFull>(base, kStep + 1, active, fragments[(kStep + 1) % 2]);
+        Load<kFull>(stage, kStep + 1, active, ahead);
+        issue(std::integral_constant<int, kStep>{});
+      } else {
+        publish();
+        Load<true>(next, 0, T::kMmaM, ahead);  // of the next tile, perhaps: all its rows
       }
-      between(std::integral_constant<int, kStep>{});
-      Multiply<kFull>(active, fragments[kStep % 2], acc);
-      Unrolled<kFull, kStep + 1>(base, active, acc, fragments, between);
+      Multiply<kFull>(active, fragments_[kStep % 2], acc);
+      Steps<kFull, kStep + 1>(stage, next, active, acc, issue, publish);
     }
   }
 
@@ -174,6 +178,7 @@ class Mainloop {
     }
   }
 
+  Fragments<T> fragments_[2];
   const char* shared_;
   uint32_t weight_flip_;
   int offset_a_;   // of the lane's first row in a stage
