@@ -13,6 +13,13 @@ import pytest
 REQUIRE_GPU = os.environ.get("MOE_REQUIRE_GPU") == "1"
 
 
+def why_no_gpu() -> str:
+    """Returns why no test can use a GPU here, or the empty string if tests can."""
+    import torch  # only here: a test without GPU cases decides for itself when to pay for it
+
+    return "" if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+
+
 class BazelPlugin:
     """Sharding, and the rule for cases that need a GPU."""
 
@@ -23,24 +30,18 @@ class BazelPlugin:
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        """Keeps this shard's cases."""
+        """Keeps this shard's cases; skips those marked `gpu` where PyTorch sees no GPU."""
         shards = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
-        if shards == 1:
-            return
-        pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()
-        mine = int(os.environ["TEST_SHARD_INDEX"])
-        others = [item for index, item in enumerate(items) if index % shards != mine]
-        config.hook.pytest_deselected(items=others)
-        items[:] = items[mine::shards]
-
-    def pytest_runtest_setup(self, item: pytest.Item) -> None:
-        """Skips a case marked `gpu` where PyTorch sees no GPU."""
-        if item.get_closest_marker("gpu") is None:
-            return
-        import torch  # only here: most tests decide for themselves when to pay for it
-
-        if not torch.cuda.is_available():
-            pytest.skip("no GPU: torch.cuda.is_available() is False")
+        if shards > 1:
+            pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()
+            mine = int(os.environ["TEST_SHARD_INDEX"])
+            others = [item for index, item in enumerate(items) if index % shards != mine]
+            config.hook.pytest_deselected(items=others)
+            items[:] = items[mine::shards]
+        marked = [item for item in items if item.get_closest_marker("gpu") is not None]
+        if marked and (reason := why_no_gpu()):
+            for item in marked:
+                item.add_marker(pytest.mark.skip(reason=reason))
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, object, None]:
@@ -49,10 +50,10 @@ class BazelPlugin:
         report = outcome.get_result()  # type: ignore[attr-defined]
         if not (REQUIRE_GPU and report.skipped) or hasattr(report, "wasxfail"):
             return
-        reason = str(report.longrepr)
-        if item.get_closest_marker("gpu") is not None or "GPU" in reason:
+        reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
+        if item.get_closest_marker("gpu") is not None or "GPU" in str(reason):
             report.outcome = "failed"
-            report.longrepr = f"skipped, though MOE_REQUIRE_GPU=1: {reason}"
+            report.longrepr = f"MOE_REQUIRE_GPU=1, yet {reason}"
 
 
 def main() -> int:
