@@ -20,7 +20,7 @@ __device__ float2 ToFloat(__nv_bfloat162 v) { return __bfloat1622float2(v); }
 __device__ void FromFloat(float2 v, __half2& out) { out = __float22half2_rn(v); }
 __device__ void FromFloat(float2 v, __nv_bfloat162& out) { out = __float22bfloat162_rn(v); }
 
-template <typename In2, typename Out2>
+template <typename Pair>
 __global__ void __launch_bounds__(kThreads)
     FinalizeKernel(const uint4* __restrict__ rows, const int32_t* __restrict__ slot_to_row,
                    uint4* __restrict__ out, int top_k, int vectors) {
@@ -45,7 +45,7 @@ __global__ void __launch_bounds__(kThreads)
       const uint32_t words[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
 #pragma unroll
       for (int c = 0; c < kColumns / 2; ++c) {
-        const float2 v = ToFloat(reinterpret_cast<const In2&>(words[c]));
+        const float2 v = ToFloat(reinterpret_cast<const Pair&>(words[c]));
         sum[c].x += v.x;
         sum[c].y += v.y;
       }
@@ -53,17 +53,17 @@ __global__ void __launch_bounds__(kThreads)
   }
   uint32_t words[4];
 #pragma unroll
-  for (int c = 0; c < kColumns / 2; ++c) FromFloat(sum[c], reinterpret_cast<Out2&>(words[c]));
+  for (int c = 0; c < kColumns / 2; ++c) FromFloat(sum[c], reinterpret_cast<Pair&>(words[c]));
   out[token * vectors + vector] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <typename In2, typename Out2>
+template <typename Pair>
 cudaError_t Launch(const Problem& problem, const void* rows, const int32_t* slot_to_row, void* out,
                    cudaStream_t stream) {
   const int vectors = problem.hidden_size / kColumns;
   // Tokens go along x: only that grid dimension reaches beyond 65535.
   const dim3 grid(static_cast<unsigned>(problem.num_tokens), (vectors + kThreads - 1) / kThreads);
-  FinalizeKernel<In2, Out2><<<grid, kThreads, 0, stream>>>(
+  FinalizeKernel<Pair><<<grid, kThreads, 0, stream>>>(
       static_cast<const uint4*>(rows), slot_to_row, static_cast<uint4*>(out), problem.top_k,
       vectors);
   return cudaGetLastError();
@@ -73,11 +73,8 @@ cudaError_t Launch(const Problem& problem, const void* rows, const int32_t* slot
 
 cudaError_t LaunchFinalize(const Problem& problem, const void* expert_output,
                            const int32_t* slot_to_row, void* output, cudaStream_t stream) {
-  const bool from_half = problem.dtype == DType::kFloat16;
-  const bool to_half = problem.output_dtype == DType::kFloat16;
-  auto* launch = from_half ? (to_half ? Launch<__half2, __half2> : Launch<__half2, __nv_bfloat162>)
-                           : (to_half ? Launch<__nv_bfloat162, __half2>
-                                      : Launch<__nv_bfloat162, __nv_bfloat162>);
+  auto* launch =
+      problem.output_dtype == DType::kFloat16 ? Launch<__half2> : Launch<__nv_bfloat162>;
   return launch(problem, expert_output, slot_to_row, output, stream);
 }
 

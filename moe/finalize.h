@@ -14,7 +14,7 @@
 
 namespace moe {
 
-// expert_output: [rows, H] problem.dtype; slot_to_row: [M, k]; output: [M, H] output_dtype.
+// expert_output: [rows, H] output_dtype; slot_to_row: [M, k]; output: [M, H] output_dtype.
 // A token with no expert here gets zeros.
 cudaError_t LaunchFinalize(const Problem& problem, const void* expert_output,
                            const int32_t* slot_to_row, void* output, cudaStream_t stream);

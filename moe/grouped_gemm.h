@@ -8,7 +8,7 @@
 // GEMM 1 gathers its rows from the input, source(r) = row_slot[r] / top_k, the row's token, and
 // applies the layer's activation. GEMM 2 reads the intermediate rows in place, source(r) = r,
 // applies Identity and scales each row by the router's weight, slot_scales[row_slot[r]].
-// Products and sums are float32; `out` has the dtype of `a`.
+// Products and sums are float32.
 
 #ifndef MOE_GROUPED_GEMM_H_
 #define MOE_GROUPED_GEMM_H_
@@ -32,7 +32,7 @@ struct GroupedGemm {
   const float* swiglu_limit = nullptr;   // [experts]; null: infinity, 7 for SwigluStep
   const int32_t* row_slot = nullptr;     // [rows]
   const float* slot_scales = nullptr;    // [slots]; null: 1
-  void* out = nullptr;                   // [rows, columns] dtype
+  void* out = nullptr;                   // [rows, columns] out_dtype
   const RowTile* row_tiles = nullptr;    // device list
   const int32_t* num_row_tiles = nullptr;  // device scalar
   int64_t max_row_tiles = 0;             // host bound of it, for the grid
@@ -40,6 +40,7 @@ struct GroupedGemm {
   int32_t k = 0;                         // reduction length: H for GEMM 1, I for GEMM 2
   Activation activation = Activation::kIdentity;
   DType dtype = DType::kBFloat16;
+  DType out_dtype = DType::kBFloat16;
   DType bias_dtype = DType::kBFloat16;
   DType weight_scale_dtype = DType::kFloat32;
   WeightFormat weight_format = WeightFormat::kSameAsInput;

@@ -2,6 +2,7 @@
 
 #include "moe/layer.h"
 
+#include <limits>
 #include <stdexcept>
 #include <string>
 
@@ -53,6 +54,17 @@ Device CurrentDevice() {
 void RunLayer(const Backend& backend, const Problem& problem, const LayerArguments& arguments,
               const TacticPair& tactics, const Device& device, cudaStream_t stream) {
   if (problem.num_tokens == 0) return;
+  if (problem.num_slots() > std::numeric_limits<int32_t>::max()) {
+    throw std::invalid_argument("input: num_tokens * top_k is " +
+                                std::to_string(problem.num_slots()) +
+                                ", must be below 2^31; split the tokens into several calls");
+  }
+  if (problem.num_local_experts > kMaxLocalExperts) {
+    throw std::invalid_argument("fc1_expert_weights: got " +
+                                std::to_string(problem.num_local_experts) +
+                                " experts, must be at most " + std::to_string(kMaxLocalExperts) +
+                                " a rank; spread them over more expert-parallel ranks");
+  }
   const WorkspacePlan plan = PlanWorkspace(problem);
   if (arguments.workspace_bytes < plan.bytes) {
     throw std::invalid_argument("workspace_buffer: got " +
@@ -101,6 +113,7 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   gemm1.swiglu_beta = arguments.swiglu_beta;
   gemm1.swiglu_limit = arguments.swiglu_limit;
   gemm1.out = at(plan.intermediate);
+  gemm1.out_dtype = problem.dtype;
   gemm1.columns = problem.intermediate_size;
   gemm1.k = problem.hidden_size;
   gemm1.activation = problem.activation;
@@ -114,6 +127,7 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   gemm2.bias = arguments.fc2_bias;
   gemm2.slot_scales = arguments.scales;
   gemm2.out = at(plan.expert_output);
+  gemm2.out_dtype = problem.output_dtype;  // not dtype: bf16 holds sums that fp16 cannot
   gemm2.columns = problem.hidden_size;
   gemm2.k = problem.intermediate_size;
   Check(backend.Launch(tactics.gemm2, gemm2, device, stream), "GEMM 2");

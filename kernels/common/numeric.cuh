@@ -14,12 +14,12 @@
 
 namespace moe {
 
-__device__ inline uint32_t PackPair(float lo, float hi, __half) {
-  const __half2 pair = __floats2half2_rn(lo, hi);
-  return reinterpret_cast<const uint32_t&>(pair);
-}
-
-__device__ inline uint32_t PackPair(float lo, float hi, __nv_bfloat16) {
+// Two values rounded to a 16-bit dtype known at run time.
+__device__ inline uint32_t PackPair(float lo, float hi, DType dtype) {
+  if (dtype == DType::kFloat16) {
+    const __half2 pair = __floats2half2_rn(lo, hi);
+    return reinterpret_cast<const uint32_t&>(pair);
+  }
   const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
   return reinterpret_cast<const uint32_t&>(pair);
 }

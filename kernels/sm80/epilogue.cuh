@@ -36,12 +36,12 @@ struct Channels {
   __device__ float operator()(int v, float sum) const { return sum * scale[v] + bias[v]; }
 };
 
-template <int kVector, typename Element>
-__device__ inline void StoreRow(Element* out, const float (&value)[kVector]) {
+template <int kVector>
+__device__ inline void StoreRow(uint16_t* out, const float (&value)[kVector], DType dtype) {
   uint32_t words[kVector / 2];
 #pragma unroll
   for (int i = 0; i < kVector / 2; ++i) {
-    words[i] = PackPair(value[2 * i], value[2 * i + 1], Element{});
+    words[i] = PackPair(value[2 * i], value[2 * i + 1], dtype);
   }
   if constexpr (kVector == 8) {
     *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
@@ -56,7 +56,6 @@ __device__ inline void StoreRow(Element* out, const float (&value)[kVector]) {
 template <typename T, typename Accumulators>
 __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Accumulators& acc) {
   using Columns = typename T::Columns;
-  using Element = typename T::Element;
   constexpr int kVector = Columns::kVector;
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
@@ -109,9 +108,9 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
               value[v] = row_scale[m][half] * Apply<kActivation>(up(v, acc[m][n][c]));
             }
           }
-          StoreRow(static_cast<Element*>(gemm.out) +
+          StoreRow(static_cast<uint16_t*>(gemm.out) +
                        static_cast<int64_t>(item.row_begin + row) * gemm.columns + column,
-                   value);
+                   value, gemm.out_dtype);
         }
       }
     }

@@ -95,6 +95,8 @@ cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
   if (status != cudaSuccess) return status;
   const int64_t column_tiles = (gemm.columns + T::kTileColumns - 1) / T::kTileColumns;
   const int64_t work_items = gemm.max_row_tiles * column_tiles;
+  // The device counts them in 32 bits.
+  if (work_items > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const unsigned grid = static_cast<unsigned>(work_items < blocks ? work_items : blocks);
   GroupedGemmKernel<T><<<grid, T::kThreads, T::kSharedMemory, stream>>>(gemm);
   return cudaGetLastError();

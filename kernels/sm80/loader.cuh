@@ -52,20 +52,21 @@ class Loader {
   // and after the last tile all predicates are false.
   template <int kPart, int kParts>
   __device__ void Issue() const {
+    const uint32_t row_bytes_a = gemm_.k * 2;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsA; i += kParts) {
-      if (chunks_a_[i] == kNoRow) continue;
+      if (row_a_[i] < 0) continue;
       CopyAsync16(shared_a_ + stage_ + i * T::kRowStepA * T::kRowBytesA,
-                  a_ + static_cast<uint64_t>(chunks_a_[i]) * 16, chunks_left_a_ > 0);
+                  a_ + static_cast<uint64_t>(row_bytes_a) * row_a_[i], chunks_left_a_ > 0);
     }
-    const uint32_t row_bytes = gemm_.k * (T::kQuantized ? 1 : 2);
+    const uint32_t row_bytes_b = gemm_.k * (T::kQuantized ? 1 : 2);
 #pragma unroll
     for (int i = kPart; i < T::kLoadsB; i += kParts) {
       constexpr int kStep = T::kRowStepB;
       if (column_ + Columns::Column(i * kStep) >= gemm_.columns) continue;
       const char* rows = Columns::IsGate(i * kStep) ? gate_rows_ : rows_;
       CopyAsync16(shared_b_ + stage_ + i * kStep * T::kRowBytesB,
-                  rows + static_cast<uint64_t>(row_bytes) * Columns::Column(i * kStep),
+                  rows + static_cast<uint64_t>(row_bytes_b) * Columns::Column(i * kStep),
                   chunks_left_b_ > 0);
     }
   }
@@ -85,7 +86,7 @@ class Loader {
   }
 
  private:
-  static constexpr uint32_t kNoRow = 0xffffffffu;
+  static constexpr int32_t kNoRow = -1;
 
   // The thread's first row of each operand; the others follow in steps of kRowStep.
   __device__ static int RowA() { return threadIdx.x / T::kChunksA; }
@@ -96,22 +97,23 @@ class Loader {
     if (work_ >= schedule_.work_items) {
       column_ = 1 << 30;
 #pragma unroll
-      for (int i = 0; i < T::kLoadsA; ++i) chunks_a_[i] = kNoRow;
+      for (int i = 0; i < T::kLoadsA; ++i) row_a_[i] = kNoRow;
       return;
     }
     const WorkItem item = schedule_.Decode(work_);
-    const uint32_t row_chunks = gemm_.k / 8;
     const int chunk_a = threadIdx.x % T::kChunksA;
     a_ = static_cast<const char*>(gemm_.a) + chunk_a * 16;
-    chunks_left_a_ = row_chunks - chunk_a;
+    chunks_left_a_ = gemm_.k / 8 - chunk_a;
 #pragma unroll
     for (int i = 0; i < T::kLoadsA; ++i) {
       const int row = RowA() + i * T::kRowStepA;
-      chunks_a_[i] = kNoRow;
+      row_a_[i] = kNoRow;
       if (row >= item.rows) continue;
-      uint32_t source = item.row_begin + row;
-      if (gemm_.gather) source = static_cast<uint32_t>(gemm_.row_slot[source]) / gemm_.top_k;
-      chunks_a_[i] = source * row_chunks;
+      row_a_[i] = item.row_begin + row;
+      if (gemm_.gather) {
+        row_a_[i] = static_cast<uint32_t>(gemm_.row_slot[row_a_[i]]) /
+                    static_cast<uint32_t>(gemm_.top_k);
+      }
     }
     column_ = item.column + Columns::Column(RowB());
     const int chunk_b = threadIdx.x % T::kChunksB;
@@ -135,7 +137,7 @@ class Loader {
   uint32_t shared_a_;
   uint32_t shared_b_;
   const char* a_ = nullptr;  // input at the thread's chunk of the step
-  uint32_t chunks_a_[T::kLoadsA];  // from there to its rows, in 16-byte units (64 GiB reach)
+  int32_t row_a_[T::kLoadsA];      // rows of the input, kNoRow beyond the tile
   int32_t chunks_left_a_ = 0;      // of k, from the thread's chunk on: none means zeros
   int32_t chunks_left_b_ = 0;
   int32_t column_;                   // of the thread's first weight row
