@@ -4,11 +4,14 @@
 BACKENDS: tuple[str, ...]
 """The kernel backends compiled in: () or ("sm80",)."""
 
+MAX_LOCAL_EXPERTS: int
+"""The most experts a rank may have; absent where BACKENDS is empty, like all functions."""
+
 BUILT_FOR: str
 """The architecture setting of the build: "sm80", "sm80_on_sm90", "cpu"."""
 
 class Problem:
-    """The sizes and formats of a call. Immutable.
+    """The sizes and formats of a call. Immutable. num_experts counts those of all ranks.
 
     dtype and output_dtype are 0 float32, 1 float16, 2 bfloat16; activation is the value of an
     ActivationType; weight_format is 0 for weights of `dtype`, 1 for int8, 2 for uint8.
@@ -27,6 +30,7 @@ class Problem:
         dtype: int,
         output_dtype: int,
         weight_format: int,
+        num_experts: int = 0,
     ) -> None: ...
 
 class Tactic:
@@ -50,8 +54,8 @@ class Tactic:
 def workspace_size(backend: str, problem: Problem) -> int:
     """The bytes of workspace that `run` needs. Asks no GPU."""
 
-def tactics(backend: str) -> list[Tactic]:
-    """All tactics of a backend; their order is the numbering used elsewhere."""
+def tactics(backend: str, weight_format: int = 0) -> list[Tactic]:
+    """All tactics for a format of weights; their order is the numbering used elsewhere."""
 
 def supported_tactics(backend: str, problem: Problem, shared_memory_per_block: int) -> list[int]:
     """The tactics that can run `problem` within the shared memory of a block."""

@@ -15,7 +15,7 @@ import torch
 
 from fused_moe import _extension, backends, refusals, shapes
 from fused_moe.activation import ActivationType
-from fused_moe.signature import Meta, Signature, from_plain
+from fused_moe.signature import Signature, from_plain
 
 # How dtypes and formats of weights are coded for the extension.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -70,7 +70,6 @@ def check_call(key: tuple[Any, ...]) -> MoeCall:
         RuntimeError: the backend is not in this build.
     """
     s = from_plain(key)
-    _check_present(s)
     _check_python_types(s)
     backend = backends.choose(s.backend, s.input.device)
     refusals.check(
@@ -100,7 +99,13 @@ def check_call(key: tuple[Any, ...]) -> MoeCall:
     shapes.check_contiguity(s)
     sizes["first_local_expert"] = s.ep_rank * sizes["num_local_experts"]
     problem, workspace_bytes = plan_problem(
-        backend, activation, s.input.dtype, s.output_dtype, weight_format, **sizes
+        backend,
+        activation,
+        s.input.dtype,
+        s.output_dtype,
+        weight_format,
+        num_experts=s.ep_size * sizes["num_local_experts"],
+        **sizes,
     )
     shapes.check_workspace(s.workspace_buffer, workspace_bytes)
     return MoeCall(
@@ -170,23 +175,10 @@ def check_multiples(hidden_size: int, intermediate_size: int, weight_format: int
             )
 
 
-def _check_present(s: Signature) -> None:
-    required: dict[str, Meta | None] = {
-        name: getattr(s, name)
-        for name in (
-            "input",
-            "token_selected_experts",
-            "fc1_expert_weights",
-            "fc2_expert_weights",
-        )
-    }
-    required.update({f"quant_scales[{i}]": meta for i, meta in enumerate(s.quant_scales)})
-    for name, meta in required.items():
-        if meta is None:
-            raise TypeError(f"{name} is None; it must be a torch.Tensor")
-
-
 def _check_python_types(s: Signature) -> None:
+    for index, meta in enumerate(s.quant_scales):
+        if meta is None:
+            raise TypeError(f"quant_scales[{index}] is None; it must be a torch.Tensor")
     if not isinstance(s.output_dtype, torch.dtype):
         raise TypeError(
             f"output_dtype is {s.output_dtype!r}; it must be a torch.dtype: torch.float16 or "

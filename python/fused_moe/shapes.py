@@ -11,7 +11,7 @@ from fused_moe.signature import Meta, Signature
 # Slots, the M * k pairs of a token and an expert, are counted in 32 bits.
 MAX_SLOTS = 2**31 - 1
 
-# What the routing kernel's tables hold: kMaxLocalExperts of moe/routing.h.
+# What the routing kernel's tables hold: _C.MAX_LOCAL_EXPERTS, known without _C too.
 MAX_LOCAL_EXPERTS = 2048
 
 # What kernels lay their tables out by, and, where none runs, what PyTorch's CPU allocator gives.

@@ -118,7 +118,8 @@ def reject_non_tensors(arguments: dict[str, Any], required: frozenset[str]) -> N
         if value is None and name not in required and "[" not in name:
             continue
         if not isinstance(value, torch.Tensor):
-            raise TypeError(f"{name} is a {type(value).__name__}; it must be a torch.Tensor")
+            kind = "None" if value is None else f"a {type(value).__name__}"
+            raise TypeError(f"{name} is {kind}; it must be a torch.Tensor")
         if value.layout != torch.strided:
             raise ValueError(
                 f"{name} has the layout {value.layout}; it must be strided: use {name}.to_dense()"

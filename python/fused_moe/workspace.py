@@ -102,6 +102,7 @@ def cutlass_fused_moe_workspace_size(
         num_tokens=num_tokens,
         hidden_size=hidden_size,
         intermediate_size=intermediate_size,
+        num_experts=num_experts,
         num_local_experts=num_local_experts,
         first_local_expert=ep_rank * num_local_experts,
         top_k=top_k,

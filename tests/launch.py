@@ -1,0 +1,224 @@
+# SPDX-License-Identifier: Apache-2.0
+"""From arguments to the extension: which addresses, sizes and device it is given.
+
+A stand-in takes the extension's place, so that this needs neither kernels nor a GPU: CPU
+tensors play the part of those on a device.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+
+from cpu_layer import make_layer
+from fused_moe import _extension, arguments, backends, cuda, cutlass_fused_moe
+from fused_moe import cutlass_fused_moe_workspace_size as workspace_size
+
+WORKSPACE_BYTES = 4096
+
+
+class Extension:
+    """Records what it is asked for, and looks at the workspace while it is alive."""
+
+    BACKENDS = ("sm80",)
+    BUILT_FOR = "sm80"
+
+    def __init__(self) -> None:
+        self.runs: list[dict[str, Any]] = []
+
+    @staticmethod
+    def Problem(**fields: int) -> dict[str, int]:
+        return fields
+
+    @staticmethod
+    def workspace_size(backend: str, problem: dict[str, int]) -> int:
+        assert backend == "sm80"
+        return WORKSPACE_BYTES
+
+    def run(self, backend: str, problem: dict[str, int], **values: Any) -> None:
+        self.runs.append({"backend": backend, "problem": problem, **values})
+
+
+@pytest.fixture
+def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
+    stand_in = Extension()
+    monkeypatch.setattr(_extension, "C", stand_in)
+    monkeypatch.setattr(backends, "check_device", lambda backend, device: None)
+    monkeypatch.setattr(cuda, "_raw_stream", lambda index: 77)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as CPU tensors' index
+    arguments.check_call_cached.cache_clear()
+    yield stand_in
+    arguments.check_call_cached.cache_clear()
+
+
+def addresses_of(layer: dict[str, Any]) -> dict[str, int]:
+    """What `run` must get, by its own names."""
+    scales = layer["quant_scales"] or (None, None)
+    tensors = {
+        "input": layer["input"],
+        "experts": layer["token_selected_experts"],
+        "scales": layer["token_final_scales"],
+        "fc1_weights": layer["fc1_expert_weights"],
+        "fc2_weights": layer["fc2_expert_weights"],
+        "fc1_scales": scales[0],
+        "fc2_scales": scales[1],
+        "fc1_bias": layer.get("fc1_expert_biases"),
+        "fc2_bias": layer.get("fc2_expert_biases"),
+        "swiglu_alpha": layer.get("swiglu_alpha"),
+        "swiglu_beta": layer.get("swiglu_beta"),
+        "swiglu_limit": layer.get("swiglu_limit"),
+    }
+    return {name: 0 if t is None else t.data_ptr() for name, t in tensors.items()}
+
+
+FULL: dict[str, Any] = {"biases": ("fc1", "fc2"), "swiglu": ("alpha", "beta", "limit")}
+
+
+@pytest.mark.parametrize("options", [{}, FULL, {**FULL, "weights": "int8"}, {"weights": "uint8"}])
+def test_addresses(extension: Extension, options: dict[str, Any]) -> None:
+    layer = make_layer(**options)
+    out = cutlass_fused_moe(**layer, backend="sm80")
+    (run,) = extension.runs
+    expected = addresses_of(layer)
+    assert {name: run[name] for name in expected} == expected
+    assert run["output"] == out.data_ptr() and run["stream"] == 77
+    assert out.shape == (13, 64) and out.dtype == torch.bfloat16
+    assert run["workspace"] % 16 == 0 and run["workspace_bytes"] == WORKSPACE_BYTES
+    assert run["add_fc2_bias"] == ("biases" in options)
+
+
+def test_problem(extension: Extension) -> None:
+    layer = make_layer(
+        weights="uint8", dtype=torch.float16, output_dtype=torch.bfloat16, ep_size=4, ep_rank=2
+    )
+    layer["swiglu_limit"] = torch.ones(4)
+    cutlass_fused_moe(**layer, backend="sm80")
+    assert extension.runs[0]["problem"] == {
+        "num_tokens": 13,
+        "hidden_size": 64,
+        "intermediate_size": 48,
+        "num_experts": 16,
+        "num_local_experts": 4,
+        "first_local_expert": 8,
+        "top_k": 2,
+        "activation": 5,
+        "dtype": 1,
+        "output_dtype": 2,
+        "weight_format": 2,
+    }
+    assert extension.runs[0]["weight_scale_dtype"] == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "code"), [(torch.float32, 0), (torch.float16, 1), (torch.bfloat16, 2)]
+)
+def test_weight_scale_dtype(extension: Extension, dtype: torch.dtype, code: int) -> None:
+    kind = torch.float16 if dtype == torch.float16 else torch.bfloat16
+    cutlass_fused_moe(**make_layer(weights="int8", dtype=kind, scale_dtype=dtype), backend="sm80")
+    assert extension.runs[0]["weight_scale_dtype"] == code
+
+
+def test_fc2_bias_is_for_the_first_rank_only(extension: Extension) -> None:
+    layer = make_layer(biases=("fc1", "fc2"))
+    for rank in range(3):
+        cutlass_fused_moe(**layer, tp_size=3, tp_rank=rank, backend="sm80")
+    assert [run["add_fc2_bias"] for run in extension.runs] == [True, False, False]
+    assert all(run["fc1_bias"] for run in extension.runs)
+
+
+def test_given_memory_is_used(extension: Extension) -> None:
+    layer = make_layer()
+    output = torch.empty(13, 64, dtype=torch.bfloat16)
+    workspace = torch.empty(WORKSPACE_BYTES + 64, dtype=torch.int8)
+    returned = cutlass_fused_moe(**layer, output=output, workspace_buffer=workspace, backend="sm80")
+    (run,) = extension.runs
+    assert returned is output and run["output"] == output.data_ptr()
+    assert run["workspace"] == workspace.data_ptr()
+    assert run["workspace_bytes"] == WORKSPACE_BYTES + 64
+
+
+def test_a_small_workspace_is_refused(extension: Extension) -> None:
+    workspace = torch.empty(WORKSPACE_BYTES - 1, dtype=torch.uint8)
+    with pytest.raises(ValueError, match=r"workspace_buffer has 4095 bytes.*4096 or more"):
+        cutlass_fused_moe(**make_layer(), workspace_buffer=workspace, backend="sm80")
+    assert not extension.runs
+
+
+def test_no_tokens_launch_nothing(extension: Extension) -> None:
+    out = cutlass_fused_moe(**make_layer(tokens=0), backend="sm80")
+    assert out.shape == (0, 64) and not extension.runs
+
+
+def test_too_many_local_experts(extension: Extension) -> None:
+    layer = make_layer(experts=2049, hidden=8, intermediate=8)
+    with pytest.raises(ValueError, match=r"fc1_expert_weights.shape\[0\] is 2049.*at most 2048"):
+        cutlass_fused_moe(**layer, backend="sm80")
+    assert cutlass_fused_moe(**layer, backend="cpu").isfinite().all()
+
+
+def test_the_device_is_made_current(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
+    current: list[int | None] = [1]
+    entered = []
+
+    @contextlib.contextmanager
+    def device(index: int | None) -> Iterator[None]:
+        entered.append(index)
+        before, current[0] = current[0], index
+        yield
+        current[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(torch.cuda, "device", device)
+    cutlass_fused_moe(**make_layer(), backend="sm80")
+    assert entered == [None] and len(extension.runs) == 1 and current == [1]
+
+
+def test_checks_run_once_for_each_signature(extension: Extension) -> None:
+    layer = make_layer()
+    for _ in range(5):
+        cutlass_fused_moe(**layer, backend="sm80")
+    info = arguments.check_call_cached.cache_info()
+    assert (info.misses, info.hits) == (1, 4), "each call would pay for all the checks"
+    cutlass_fused_moe(**make_layer(tokens=14), backend="sm80")
+    assert arguments.check_call_cached.cache_info().misses == 2
+
+
+def test_workspace_query_describes_the_same_problem(
+    extension: Extension, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cutlass_fused_moe(**make_layer(weights="int8", ep_size=2, ep_rank=1), backend="sm80")
+    seen = []
+    monkeypatch.setattr(
+        Extension, "workspace_size", staticmethod(lambda backend, problem: seen.append(problem))
+    )
+    workspace_size(
+        *(13, 64, 48, 8, 2),
+        x_dtype=torch.bfloat16,
+        weight_dtype=torch.int8,
+        ep_size=2,
+        ep_rank=1,
+        backend="sm80",
+    )
+    assert seen == [extension.runs[0]["problem"]]
+
+
+def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_extension, "C", None)
+    monkeypatch.setattr(_extension, "_reason", "no such file")
+    with pytest.raises(RuntimeError, match=r"fused_moe\._C.*no such file.*--config=sm80.*cpu"):
+        workspace_size(1, 64, 64, 4, 2, x_dtype=torch.float16, backend="sm80")
+    assert workspace_size(1, 64, 64, 4, 2, x_dtype=torch.float16, backend="cpu") == 0
+    assert cutlass_fused_moe(**make_layer()).isfinite().all()
+
+
+def test_a_build_without_the_backend(monkeypatch: pytest.MonkeyPatch) -> None:
+    stand_in = Extension()
+    monkeypatch.setattr(stand_in, "BACKENDS", (), raising=False)
+    monkeypatch.setattr(stand_in, "BUILT_FOR", "cpu", raising=False)
+    monkeypatch.setattr(_extension, "C", stand_in)
+    with pytest.raises(RuntimeError, match=r"'sm80' is not in this build.*'cpu'.*--config=sm80"):
+        workspace_size(1, 64, 64, 4, 2, x_dtype=torch.float16, backend="sm80")
