@@ -6,6 +6,7 @@ from __future__ import annotations
 import unittest
 
 import torch
+
 from fused_moe import cutlass_fused_moe, topk_softmax
 
 TOKENS, HIDDEN, INTER, EXPERTS, TOP_K = 5, 32, 16, 4, 2
@@ -24,9 +25,7 @@ class LayerTest(unittest.TestCase):
         x, logits = draw(TOKENS, HIDDEN), draw(TOKENS, EXPERTS)
         fc1, fc2 = draw(EXPERTS, 2 * INTER, HIDDEN), draw(EXPERTS, HIDDEN, INTER)
         scales, experts = topk_softmax(logits, TOP_K)
-        output = cutlass_fused_moe(
-            x, experts, scales, fc1, fc2, torch.bfloat16, quant_scales=None
-        )
+        output = cutlass_fused_moe(x, experts, scales, fc1, fc2, torch.bfloat16, quant_scales=None)
 
         expected = torch.zeros(TOKENS, HIDDEN)
         for token in range(TOKENS):

@@ -15,6 +15,24 @@ cc_toolchain = native.cc_toolchain
 cc_toolchain_suite = native.cc_toolchain_suite
 """
 
+# A file may not give a built-in name to its own variable of that name.
+_CC_BUILTINS = """\
+builtin_cc_common = cc_common
+builtin_cc_info = CcInfo
+"""
+
+_CC_COMMON = """\
+load(":builtins.bzl", "builtin_cc_common")
+
+cc_common = builtin_cc_common
+"""
+
+_CC_INFO = """\
+load(":builtins.bzl", "builtin_cc_info")
+
+CcInfo = builtin_cc_info
+"""
+
 _JAVA_DEFS = """\
 java_binary = native.java_binary
 java_import = native.java_import
@@ -54,6 +72,10 @@ _STUBS = {
     "rules_cc": {
         "BUILD.bazel": "",
         "cc/BUILD.bazel": "",
+        "cc/common/BUILD.bazel": "",
+        "cc/common/builtins.bzl": _CC_BUILTINS,
+        "cc/common/cc_common.bzl": _CC_COMMON,
+        "cc/common/cc_info.bzl": _CC_INFO,
         "cc/defs.bzl": _CC_DEFS,
     },
     "rules_java": {

@@ -24,12 +24,13 @@ CHOICES = {
 BACKENDS = {choice.backend: None for choice in CHOICES.values()}.keys()
 
 def parse_architectures(value):
-    """Returns a dict from backend to its list of -gencode arguments; {} for "cpu".
-
-    Fails with the right values where `value` is not in the grammar.
+    """Parses the setting; fails with the right values where it is not in the grammar.
 
     Args:
       value: the setting.
+
+    Returns:
+      A dict from backend to its list of -gencode arguments; {} for "cpu".
     """
     if value == "cpu":
         return {}

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The build setting behind --config=sm80 and its kin, and flags derived from it."""
 
+load("@rules_cc//cc/common:cc_common.bzl", "cc_common")
+load("@rules_cc//cc/common:cc_info.bzl", "CcInfo")
 load(":architectures.bzl", "parse_architectures")
 
 ArchitecturesInfo = provider(

@@ -31,15 +31,17 @@ def fail(lock: str, what: str, log: str = "") -> None:
 
 def explain(lock: str, log: str) -> None:
     """Ends the program with what pip's output means."""
-    entries = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", pathlib.Path(lock).read_text(), re.MULTILINE))
+    text = pathlib.Path(lock).read_text()
+    entries = dict(re.findall(r"^([a-z0-9-]+)==(\S+)", text, re.MULTILINE))
     changed = re.search(r"^\s+([A-Za-z0-9._-]+)==([^\s;]+).*? from ", log, re.MULTILINE)
     if "DO NOT MATCH THE HASHES" in log:
         which = f"package {changed.group(1)} {changed.group(2)}" if changed else "a package"
         fail(lock, f"{which} has changed: its wheel's SHA-256 is not a locked one", log)
     missing = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==([^\s;(]+)", log)
     if missing:
-        what = f"package {missing.group(1)} {missing.group(2)} is missing: pip finds no wheel of it"
-        fail(lock, f"{what} for Python {sys.version_info[0]}.{sys.version_info[1]} on this machine", log)
+        python = "{}.{}".format(*sys.version_info)
+        what = f"package {missing.group(1)} {missing.group(2)} is missing"
+        fail(lock, f"{what}: pip finds no wheel of it for Python {python} on this machine", log)
     names = ", ".join(f"{name} {version}" for name, version in entries.items())
     fail(lock, f"pip could not download all of: {names}", log)
 
@@ -85,8 +87,9 @@ def main() -> None:
     options = parser.parse_args()
     if not options.any_python and not SUPPORTED[0] <= sys.version_info[:2] <= SUPPORTED[1]:
         low, high = (".".join(map(str, version)) for version in SUPPORTED)
-        what = f"{sys.executable} is Python {sys.version.split()[0]}; wheels are locked for {low} to"
-        fail(options.lock, f"{what} {high}. Take the interpreter's own: MOE_PYTHON_PACKAGES=system")
+        python = f"{sys.executable} is Python {sys.version.split()[0]}"
+        what = f"{python}; wheels are locked for {low} to {high}"
+        fail(options.lock, f"{what}. To take the interpreter's own: MOE_PYTHON_PACKAGES=system")
     if importlib.util.find_spec("pip") is None:
         fail(options.lock, f"{sys.executable} has no pip; Debian: apt install python3-pip")
     with tempfile.TemporaryDirectory(dir=options.destination.parent) as folder:

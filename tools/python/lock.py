@@ -117,7 +117,7 @@ def normalized(name: str) -> str:
 
 
 def resolve(python: str, requirements: list[str], with_dependencies: bool) -> list[Resolved]:
-    """Returns what pip would install into an empty environment of `python`; raises on a conflict."""
+    """Returns what pip would install into an empty environment; raises on a conflict."""
     with tempfile.TemporaryDirectory() as folder:
         report = pathlib.Path(folder) / "report.json"
         command = [sys.executable, "-m", "pip", "install", "--quiet", "--dry-run"]

@@ -183,6 +183,7 @@ def _python_packages_impl(repository_ctx):
         fail("MOE_PYTHON_PACKAGES is %r; it must be 'locked' (or unset) or 'system'" % choice)
     modules = repository_ctx.attr.modules
     build = _PACKAGES_BUILD
+    pybind11 = None
     if choice == "locked":
         flags = ["--compile"]
         if repository_ctx.attr.cuda_lock:
@@ -203,7 +204,7 @@ def _python_packages_impl(repository_ctx):
         if "pybind11" in found:
             pybind11 = repository_ctx.path(found["pybind11"]).dirname.get_child("include")
     if "pybind11" in modules:
-        if choice == "locked" or "pybind11" in found:
+        if pybind11:
             repository_ctx.symlink(pybind11, "pybind11_include")
             build += _PYBIND11
         else:

@@ -20,25 +20,30 @@ import sys
 import tempfile
 
 # (options, targets): a kernel that is quick to compile, and all C++ of the CPU extension.
-DEFAULT = (
+Work = list[tuple[list[str], list[str]]]
+DEFAULT: Work = [
     ([], ["//moe:routing"]),
     (["--config=cpu"], ["//python/binding:_C.so"]),
-)
+]
 FOLDERS = ("first", "second/and/deeper")
+
+
+def git(folder: pathlib.Path, *arguments: str) -> str:
+    """Returns what git prints when run in `folder`."""
+    command = ["git", "-C", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout
 
 
 def checkout() -> pathlib.Path:
     """Returns the root of the checkout this was started in."""
     start = os.environ.get("BUILD_WORKSPACE_DIRECTORY") or pathlib.Path(__file__).parent
-    command = ["git", "-C", str(start), "rev-parse", "--show-toplevel"]
-    return pathlib.Path(subprocess.run(command, **_CAPTURE).stdout.strip())
+    return pathlib.Path(git(pathlib.Path(start), "rev-parse", "--show-toplevel").strip())
 
 
 def copy_tree(source: pathlib.Path, destination: pathlib.Path) -> None:
     """Copies what git tracks or would track."""
-    command = ["git", "-C", str(source), "ls-files", "-z", "--cached", "--others"]
-    names = subprocess.run([*command, "--exclude-standard"], **_CAPTURE).stdout.split("\0")
-    for name in sorted(set(names) - {""}):
+    text = git(source, "ls-files", "-z", "--cached", "--others", "--exclude-standard")
+    for name in sorted(set(text.split("\0")) - {""}):
         if (source / name).is_file():
             (destination / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(source / name, destination / name)
@@ -86,7 +91,7 @@ def compare(first: dict[str, str], second: dict[str, str]) -> int:
 
 def main() -> None:
     """Builds twice and compares."""
-    work = DEFAULT if len(sys.argv) == 1 else (([], sys.argv[1:]),)
+    work = DEFAULT if len(sys.argv) == 1 else [([], sys.argv[1:])]
     source = checkout()
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     cache.mkdir(parents=True, exist_ok=True)
@@ -111,9 +116,6 @@ def main() -> None:
     different = compare(*results)
     print(f"{len(results[0])} files built twice, {different} of them different")
     sys.exit(1 if different else 0)
-
-
-_CAPTURE = {"capture_output": True, "text": True, "check": True}
 
 
 if __name__ == "__main__":

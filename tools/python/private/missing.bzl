@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """A target that fails when it is depended on."""
 
+load("@rules_cc//cc/common:cc_info.bzl", "CcInfo")
+
 def _missing_impl(ctx):
     fail("fused_moe: " + ctx.attr.reason)
 
