@@ -38,10 +38,11 @@ def _gencode(ctx):
 def _compile(ctx, source, toolkit, compiler, context):
     """Declares the action that compiles one source; returns the object."""
     stem = source.basename[:-len(".cu")]
+    identity = "/".join([ctx.label.package, ctx.label.name, source.basename])
     output = ctx.actions.declare_file("_objs/%s/%s.pic.o" % (ctx.label.name, stem))
     args = ctx.actions.args()
     args.add(source)
-    args.add("%s/%s" % (_UNITS, source.short_path.replace("../", "external/")))
+    args.add("%s/%s" % (_UNITS, identity))
     args.add(toolkit.nvcc)
     args.add_all(_NVCC_FLAGS)
     args.add("--compiler-bindir", compiler)
@@ -49,7 +50,7 @@ def _compile(ctx, source, toolkit, compiler, context):
     args.add_all(_gencode(ctx), before_each = "--generate-code")
     if toolkit.version >= (12, 0):
         # Names that nvcc would draw at random, and intermediate files beside the object.
-        args.add("--frandom-seed=" + source.short_path)
+        args.add("--frandom-seed=" + identity)
         args.add("--objdir-as-tempdir")
     args.add_all(context.defines, before_each = "--define-macro")
     args.add_all(ctx.attr.local_defines, before_each = "--define-macro")
@@ -66,7 +67,7 @@ def _compile(ctx, source, toolkit, compiler, context):
         tools = ctx.attr._cc_toolchain.files,
         outputs = [output],
         mnemonic = "CudaCompile",
-        progress_message = "Compiling %s for %s" % (source.short_path, ctx.attr.backend),
+        progress_message = "Compiling %s (%s)" % (source.short_path, ctx.label.name),
         use_default_shell_env = True,
     )
     return output
