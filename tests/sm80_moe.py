@@ -11,11 +11,14 @@ sm80_choices.py.
 from __future__ import annotations
 
 import itertools
+from typing import Any
 
 import pytest
+import torch
 
 from cases import FACTORS, TOKENS, TP_SIZES, Case, designed_sample, edge_cases, factor_pairs
 from cases import sanitizer_cases as _sanitizer_cases
+from fused_moe import cutlass_fused_moe
 from fused_moe.models import MODELS
 from gpu_layer import check, realized, require_sm80, run_poisoned, same_bits
 
@@ -77,3 +80,43 @@ def test_every_pair_of_factor_values_is_in_the_sample() -> None:
         if frozenset((first, second)) not in seen
     ]
     assert not missing, f"{len(missing)} pairs are in no case, such as {missing[:3]}"
+
+
+_FP8 = torch.float8_e4m3fn
+_REFUSED: dict[str, tuple[str, dict[str, Any]]] = {
+    "fp8_input": ("FP8", {"input": _FP8}),
+    "fp8_weights": ("FP8", {"fc1_expert_weights": _FP8, "fc2_expert_weights": _FP8}),
+    "fp8_blocks": ("FP8 block scaling", {"use_deepseek_fp8_block_scale": True}),
+    "w4a8": (
+        "W4A8 group scaling",
+        {"use_packed_weights": True, "use_w4_group_scaling": True},
+    ),
+    "fp4": ("FP4", {"input": torch.uint8}),
+    "fp32": ("FP32", {"input": torch.float32}),
+    "min_latency": ("Min latency mode", {"min_latency_mode": True}),
+}
+
+
+@pytest.mark.parametrize("name", list(_REFUSED))
+def test_refusals_need_no_gpu_and_write_nothing(name: str) -> None:
+    words, changes = _REFUSED[name]
+    tensors = {
+        "input": torch.zeros(3, 32),
+        "fc1_expert_weights": torch.zeros(4, 32, 32),
+        "fc2_expert_weights": torch.zeros(4, 32, 16),
+    }
+    dtypes = {key: value for key, value in changes.items() if isinstance(value, torch.dtype)}
+    flags = {key: value for key, value in changes.items() if key not in dtypes}
+    output = torch.full((3, 32), float("nan"), dtype=torch.bfloat16)
+    with pytest.raises(NotImplementedError, match=words):
+        cutlass_fused_moe(
+            **{key: t.to(dtypes.get(key, torch.bfloat16)) for key, t in tensors.items()},
+            token_selected_experts=torch.zeros(3, 2, dtype=torch.int32),
+            token_final_scales=None,
+            output_dtype=torch.bfloat16,
+            quant_scales=None,
+            output=output,
+            backend="sm80",
+            **flags,
+        )
+    assert bool(output.isnan().all())

@@ -56,6 +56,12 @@ CHIPS = {
 _FORMATS = {"same": 0, "int8": 1, "uint8": 2}
 
 
+def tactics_for(weights: str) -> list[Any]:
+    """All tactics, with the stages and the shared memory that they have for these weights."""
+    tactics: list[Any] = C.tactics("sm80", weight_format=_FORMATS[weights])
+    return tactics
+
+
 def problem_of(case: Case) -> Any:
     """The extension's view of a case."""
     problem, _ = arguments.plan_problem(
@@ -96,25 +102,26 @@ def model_cases(weights: str = "same") -> Iterator[Case]:
 
 def _choose(case: Case, chip: Chip) -> list[Any]:
     pair = C.choose_tactics("sm80", problem_of(case), **dataclasses.asdict(chip))
-    tactics = C.tactics("sm80")
+    tactics = tactics_for(case.weights)
     allowed = C.supported_tactics("sm80", problem_of(case), chip.shared_memory_per_block)
     assert set(pair) <= set(allowed), f"{case.id}: chose {pair}, {sorted(allowed)} fit"
     return [tactics[index] for index in pair]
 
 
 @_needs_build
-def test_the_extension_has_the_sm80_backend() -> None:
+@pytest.mark.parametrize("weights", list(_FORMATS))
+def test_the_extension_has_the_sm80_backend(weights: str) -> None:
     assert "sm80" in C.BACKENDS
-    assert C.BUILT_FOR.startswith("sm80") or "sm80" in C.BUILT_FOR
-    tactics = C.tactics("sm80")
+    assert "sm80" in C.BUILT_FOR
+    tactics = tactics_for(weights)
     assert len({tactic.name for tactic in tactics}) == len(tactics) > 0
     for tactic in tactics:
         assert tactic.tile_m % 16 == 0 and tactic.tile_n % 8 == 0 and tactic.tile_k % 16 == 0
         assert tactic.threads % 32 == 0 and 32 <= tactic.threads <= 1024
         assert tactic.stages >= 2
-        # At least the stages of both operands, the weights at 8 bits a number.
-        operands = tactic.tile_m * tactic.tile_k * 2 + tactic.tile_n * tactic.tile_k
-        assert tactic.shared_memory >= tactic.stages * operands
+        size = 2 if weights == "same" else 1
+        stage = tactic.tile_m * tactic.tile_k * 2 + tactic.tile_n * tactic.tile_k * size
+        assert tactic.shared_memory >= tactic.stages * stage
 
 
 @_needs_build
@@ -140,15 +147,16 @@ def test_the_choice_follows_the_rows_an_expert_gets(weights: str) -> None:
 
 
 @_needs_build
-def test_fewer_tactics_fit_less_shared_memory() -> None:
-    case = Case("fit", 4096, 14336, 8, 2, 512)
+@pytest.mark.parametrize("weights", list(_FORMATS))
+def test_fewer_tactics_fit_less_shared_memory(weights: str) -> None:
+    case = Case("fit", 4096, 14336, 8, 2, 512, weights=weights)
     fitting = [
         set(C.supported_tactics("sm80", problem_of(case), kib * 1024)) for kib in (48, 99, 163, 227)
     ]
     assert all(less <= more for less, more in itertools.pairwise(fitting))
     assert fitting[1], "no tactic fits a chip with 99 KiB of shared memory a block"
     for index in fitting[1]:
-        assert C.tactics("sm80")[index].shared_memory <= 99 * 1024
+        assert tactics_for(weights)[index].shared_memory <= 99 * 1024
 
 
 @_needs_build
@@ -200,7 +208,7 @@ def test_every_tactic_is_right(weights: str, shape: str) -> None:
         for step, first in enumerate(supported):
             second = supported[(step * 7 + 3) % len(supported)]
             for pair in {(first, second), (second, first), (first, first)}:
-                names = [C.tactics("sm80")[index].name for index in pair]
+                names = [tactics_for(weights)[index].name for index in pair]
                 try:
                     with forced(tactics=pair):
                         out = run_poisoned(layer, 0xFF)
@@ -225,7 +233,8 @@ def test_runs_within_a_smaller_chips_shared_memory(weights: str, kib: int) -> No
 def test_a_tactic_that_does_not_fit_is_refused() -> None:
     require_sm80()
     case = Case("limit", 1024, 512, 8, 2, 64)
-    largest = max(range(len(C.tactics("sm80"))), key=lambda i: C.tactics("sm80")[i].shared_memory)
+    tactics = tactics_for("same")
+    largest = max(range(len(tactics)), key=lambda index: tactics[index].shared_memory)
     with (
         realized(case) as layer,
         forced(tactics=(largest, largest), shared_memory_per_block=16 * 1024),

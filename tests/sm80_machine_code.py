@@ -1,0 +1,161 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The built extension holds the machine code it should: read back with cuobjdump, without a GPU.
+
+sm80 means code for sm_80 and the PTX of compute_80, which newer chips compile for themselves;
+sm80_on_sm90 means the same kernels as code for sm_90. Every GEMM kernel multiplies with the
+tensor cores (HMMA) and fills shared memory by cp.async (LDGSTS), and no kernel of the extension
+keeps anything in local memory, which is where spilled registers go.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+
+import pytest
+
+from fused_moe import _extension as extension
+
+pytestmark = pytest.mark.skipif(
+    extension.C is None or "sm80" not in extension.C.BACKENDS,
+    reason="this build has no sm80 kernels (--config=cpu): no machine code to look at",
+)
+
+# What a GEMM kernel's mangled name holds.
+_GEMM = "GroupedGemmKernel"
+
+
+def _tool() -> str:
+    """cuobjdump: among the test's files, else on PATH. nvdisasm, which it calls, lies beside it."""
+    candidates = pathlib.Path(os.environ.get("TEST_SRCDIR", "/nonexistent")).glob("*/bin/cuobjdump")
+    found = next((str(path) for path in candidates), None) or shutil.which("cuobjdump")
+    assert found, "cuobjdump is neither among the test's files nor on PATH"
+    return found
+
+
+def _lines(*arguments: str) -> Iterator[str]:
+    """What cuobjdump prints about the extension, line by line: the SASS is long."""
+    assert extension.C is not None and extension.C.__file__
+    tool = _tool()
+    path = f"{pathlib.Path(tool).parent}:{os.environ.get('PATH', '')}"
+    process = subprocess.Popen(
+        [tool, *arguments, extension.C.__file__],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=os.environ | {"PATH": path},
+    )
+    assert process.stdout is not None
+    last = ""
+    for line in process.stdout:
+        last = line
+        yield line
+    assert process.wait() == 0, f"cuobjdump {arguments} failed: {last}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Resources:
+    """One kernel's, as `cuobjdump -res-usage` has them."""
+
+    architecture: str
+    name: str
+    registers: int
+    stack: int
+    local: int
+
+
+@functools.cache
+def resources() -> list[Resources]:
+    """Of every kernel in the extension."""
+    kernels = []
+    architecture = name = ""
+    for line in _lines("-res-usage"):
+        if match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function (.*):$", line):
+            name = match[1]
+        elif match := re.search(r"REG:(\d+) STACK:(\d+) .*LOCAL:(\d+)", line):
+            registers, stack, local = map(int, match.groups())
+            kernels.append(Resources(architecture, name, registers, stack, local))
+    return kernels
+
+
+@functools.cache
+def opcodes() -> dict[tuple[str, str], collections.Counter[str]]:
+    """How often each instruction appears, by architecture and kernel, modifiers left out."""
+    counts: dict[tuple[str, str], collections.Counter[str]] = {}
+    architecture = ""
+    current: collections.Counter[str] = collections.Counter()
+    instruction = re.compile(r"\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?\w+\s+)?([A-Z][A-Z0-9]*)")
+    for line in _lines("-sass"):
+        if match := instruction.match(line):
+            current[match[1]] += 1
+        elif match := re.match(r"arch = (\w+)", line):
+            architecture = match[1]
+        elif match := re.match(r"\s*Function : (\S+)", line):
+            current = counts.setdefault((architecture, match[1]), collections.Counter())
+    return counts
+
+
+def expected_architectures() -> set[str]:
+    """What the build setting asks for: of sm80, sm80_on_sm90 and others joined by commas."""
+    assert extension.C is not None
+    built_for = re.split(r"[,+]", extension.C.BUILT_FOR)
+    return {"sm_90" if part == "sm80_on_sm90" else part.replace("sm", "sm_") for part in built_for}
+
+
+def test_the_extension_has_machine_code_for_what_it_was_built_for() -> None:
+    found = {
+        match[1] for line in _lines("-lelf") if (match := re.search(r"\.(sm_\w+)\.cubin", line))
+    }
+    assert found == expected_architectures()
+    assert {kernel.architecture for kernel in resources()} == found
+
+
+def test_sm80_code_comes_with_its_ptx() -> None:
+    assert extension.C is not None
+    if extension.C.BUILT_FOR != "sm80":
+        pytest.skip(f"built for {extension.C.BUILT_FOR}, which holds no PTX by intention")
+    cubins = sum(".cubin" in line for line in _lines("-lelf"))
+    ptx = [line for line in _lines("-lptx") if ".ptx" in line]
+    assert len(ptx) == cubins > 0, f"{len(ptx)} PTX files for {cubins} of machine code"
+    assert all(".sm_80." in line for line in ptx), ptx[:3]
+
+
+def test_every_tactic_has_its_kernels() -> None:
+    """Two dtypes and two kinds of weights for each tile, at least."""
+    assert extension.C is not None
+    kernels = [kernel for kernel in resources() if _GEMM in kernel.name]
+    per_tactic = 2 * 2
+    assert len(kernels) >= per_tactic * len(extension.C.tactics("sm80"))
+
+
+def test_no_kernel_has_local_memory() -> None:
+    assert len(resources()) > 0
+    wrong = [k for k in resources() if k.stack or k.local]
+    assert not wrong, f"{len(wrong)} kernels with a stack or local memory, such as {wrong[0]}"
+
+
+def test_no_kernel_spills() -> None:
+    """STL and LDL store to and load from local memory."""
+    assert len(opcodes()) == len(resources())
+    wrong = {key: count for key, count in opcodes().items() if count["STL"] or count["LDL"]}
+    assert not wrong, f"{len(wrong)} kernels spill, such as {next(iter(wrong))}"
+
+
+def test_every_gemm_uses_tensor_cores_and_asynchronous_copies() -> None:
+    gemms = {key: count for key, count in opcodes().items() if _GEMM in key[1]}
+    assert gemms
+    for key, count in gemms.items():
+        assert count["HMMA"] >= 8, f"{key}: {count['HMMA']} HMMA instructions"
+        assert count["LDGSTS"] >= 2, f"{key}: {count['LDGSTS']} LDGSTS instructions"
+        assert count["LDSM"] >= 1, f"{key}: no LDSM, the matrix load from shared memory"
+        # A Hopper instruction in code made for Ampere would mean that it was not.
+        assert not count["HGMMA"] and not count["UTMALDG"], key
