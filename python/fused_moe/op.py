@@ -104,7 +104,8 @@ def cutlass_fused_moe(
         backend: "sm80" or "cpu"; None chooses by the device ("sm90" is not in this version).
 
     Returns:
-        [M, H] output_dtype; `output` itself where given. Empty for M = 0.
+        [M, H] output_dtype; `output` itself where given. Empty for M = 0. (FlashInfer returns a
+        list that holds the tensor: drop the [0].)
 
     Raises:
         TypeError, ValueError: an argument that does not fit; the text names it. Nothing is
