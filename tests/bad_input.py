@@ -63,7 +63,8 @@ def test_misaligned_where_memory_is_allocated(name: str) -> None:
 @pytest.mark.parametrize("which", ["hidden", "intermediate"])
 @pytest.mark.parametrize("excess", [4, 8, 12])
 def test_multiples(which: str, excess: int, weights: str) -> None:
-    arguments = make_layer(**{which: 64 + excess}, weights=weights)  # type: ignore[arg-type]
+    sizes: Arguments = {which: 64 + excess}
+    arguments = make_layer(**sizes, weights=weights)
     arguments["output"] = torch.full_like(arguments["input"], float("nan"))
     if excess == 8 and weights == "same":
         assert cutlass_fused_moe(**arguments).isfinite().all()
