@@ -3,7 +3,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -113,26 +113,20 @@ def cutlass_fused_moe(
         NotImplementedError: a mode the backend does not have, whatever the device.
         RuntimeError: the backend is not in this build, or CUDA reports an error.
     """
-    if torch.compiler.is_compiling() or _is_subclass(input):
+    # The dispatcher costs as much again as the checks: only where it has to see the call.
+    dispatched = torch.compiler.is_compiling() or _is_subclass(input)
+    run: Callable[..., Any] = execute
+    if dispatched:
+        run = torch.ops.fused_moe.cutlass_fused_moe
+        quant_scales = [] if quant_scales is None else list(quant_scales)
+        activation_type = int(activation_type)
         if output is None:
             output = torch.empty(
                 (input.shape[0], fc2_expert_weights.shape[1]),
                 dtype=output_dtype,
                 device=input.device,
             )
-        scales = [] if quant_scales is None else list(quant_scales)
-        torch.ops.fused_moe.cutlass_fused_moe(
-            *(input, token_selected_experts, token_final_scales),
-            *(fc1_expert_weights, fc2_expert_weights, output_dtype, scales),
-            *(fc1_expert_biases, fc2_expert_biases, input_sf),
-            *(swiglu_alpha, swiglu_beta, swiglu_limit),
-            *(tp_size, tp_rank, ep_size, ep_rank, cluster_size, cluster_rank, output),
-            *(use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling),
-            *(min_latency_mode, use_packed_weights, tune_max_num_tokens, int(activation_type)),
-            *(workspace_buffer, backend),
-        )
-        return output
-    return execute(
+    result = run(
         input,
         token_selected_experts,
         token_final_scales,
@@ -163,6 +157,7 @@ def cutlass_fused_moe(
         workspace_buffer,
         backend,
     )
+    return output if dispatched else result
 
 
 def _is_subclass(value: Any) -> bool:
