@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repository rules for the CUDA toolkit and CUTLASS."""
 
-load("//tools/python:repositories.bzl", "fetch_wheels", "find_python")
+load("//tools/python:repositories.bzl", "HERE", "fetch_wheels", "find_python")
 
 _ENVIRONMENT = ["MOE_CUDA_TOOLKIT", "MOE_PYTHON", "PATH"]
 
 _TOOLKIT_BUILD = """\
-load("@fused_moe//tools/cuda/private:toolkit.bzl", "toolkit")
-load("@fused_moe//tools/python/private:missing.bzl", "missing")
+load("{here}//tools/cuda/private:toolkit.bzl", "toolkit")
+load("{here}//tools/python/private:missing.bzl", "missing")
 load("@rules_cc//cc:defs.bzl", "cc_import", "cc_library")
 
 package(default_visibility = ["//visibility:public"])
@@ -130,6 +130,7 @@ def _cuda_toolkit_impl(repository_ctx):
     if toolkit.headers:
         repository_ctx.symlink(toolkit.headers, "host_include")
     build = _TOOLKIT_BUILD.format(
+        here = HERE,
         folders = ", ".join([repr(folder) for folder in toolkit.folders]),
         includes = "\"host_include\"" if toolkit.headers else "",
         nvcc = toolkit.nvcc,

@@ -1,6 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repository rules for the Python interpreter and its packages."""
 
+# This repository, whatever the workspace that uses it calls it.
+HERE = "@" + (Label("//:BUILD.bazel").workspace_name or "fused_moe")
+
 _ENVIRONMENT = ["MOE_PYTHON", "PATH"]
 
 _DESCRIBE = """
@@ -51,7 +54,7 @@ cc_library(
 """
 
 _NO_HEADERS = """
-load("@fused_moe//tools/python/private:missing.bzl", "missing")
+load("{here}//tools/python/private:missing.bzl", "missing")
 
 missing(
     name = "headers",
@@ -87,7 +90,10 @@ def _python_interpreter_impl(repository_ctx):
         build += _HEADERS
     else:
         build += _NO_HEADERS
-    repository_ctx.file("BUILD.bazel", build.format(interpreter = python.interpreter))
+    repository_ctx.file("BUILD.bazel", build.format(
+        here = HERE,
+        interpreter = python.interpreter,
+    ))
     repository_ctx.file("python.bzl", "EXTENSION_SUFFIX = \"%s\"\n" % python.suffix)
 
 python_interpreter = repository_rule(
@@ -100,7 +106,7 @@ python_interpreter = repository_rule(
 _PACKAGES_BUILD = """\
 load("@rules_cc//cc:defs.bzl", "cc_library")
 load("@rules_python//python:defs.bzl", "py_library")
-load("@fused_moe//tools/python/private:missing.bzl", "missing")
+load("{here}//tools/python/private:missing.bzl", "missing")
 
 package(default_visibility = ["//visibility:public"])
 """
@@ -182,7 +188,7 @@ def _python_packages_impl(repository_ctx):
     if choice not in ("locked", "system"):
         fail("MOE_PYTHON_PACKAGES is %r; it must be 'locked' (or unset) or 'system'" % choice)
     modules = repository_ctx.attr.modules
-    build = _PACKAGES_BUILD
+    build = _PACKAGES_BUILD.format(here = HERE)
     pybind11 = None
     if choice == "locked":
         flags = ["--compile"]
