@@ -63,11 +63,11 @@ def outputs(
 ) -> dict[str, str]:
     """Builds `targets` and returns the SHA-256 of each of their files, by path."""
     # No cache that both builds could share.
-    options = [*options, "--disk_cache=", "--remote_cache="]
+    options = [*options, "--disk_cache=", "--remote_cache=", "--noshow_progress"]
     bazel(tree, output_base, "build", *options, "--", *targets)
     # Every version of Bazel can list the outputs of these targets' own actions this way.
     text = bazel(tree, output_base, "aquery", *options, " + ".join(targets))
-    root = pathlib.Path(bazel(tree, output_base, "info", *options, "execution_root").strip())
+    root = pathlib.Path(bazel(tree, output_base, "info", "execution_root").strip())
     found = {}
     for line in text.splitlines():
         line = line.strip()
