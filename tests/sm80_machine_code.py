@@ -140,14 +140,19 @@ def test_every_tactic_has_its_kernels() -> None:
 def test_no_kernel_has_local_memory() -> None:
     assert len(resources()) > 0
     wrong = [k for k in resources() if k.stack or k.local]
-    assert not wrong, f"{len(wrong)} kernels with a stack or local memory, such as {wrong[0]}"
+    listed = "\n".join(f"{k.architecture} {k.name}: {k.stack} bytes of stack" for k in wrong)
+    assert not wrong, f"{len(wrong)} kernels with a stack or local memory:\n{listed}"
 
 
 def test_no_kernel_spills() -> None:
     """STL and LDL store to and load from local memory."""
     assert len(opcodes()) == len(resources())
     wrong = {key: count for key, count in opcodes().items() if count["STL"] or count["LDL"]}
-    assert not wrong, f"{len(wrong)} kernels spill, such as {next(iter(wrong))}"
+    listed = "\n".join(
+        f"{architecture} {name}: {count['STL']} stores, {count['LDL']} loads"
+        for (architecture, name), count in wrong.items()
+    )
+    assert not wrong, f"{len(wrong)} kernels spill:\n{listed}"
 
 
 def test_every_gemm_uses_tensor_cores_and_asynchronous_copies() -> None:
