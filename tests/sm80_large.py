@@ -65,7 +65,7 @@ def test_weights_beyond_2_to_31(weights: str) -> None:
     case = Case("large", 7168, 2048, experts=128, top_k=8, tokens=96, weights=weights)
     assert case.experts * case.rows * case.hidden > 2**31
     _need_memory(6 + case.weight_numbers * size / _GIB)
-    small = dataclasses.replace(case, experts=1)
+    small = dataclasses.replace(case, experts=1, top_k=1)
     with realized(small) as one:
         # Random numbers are made in one expert's size and scaled for each: it is quick, and a
         # mix-up of experts shows.
@@ -76,14 +76,20 @@ def test_weights_beyond_2_to_31(weights: str) -> None:
             for expert in range(case.experts):
                 torch.mul(one.fc1[0], factor[expert].to(fc1.dtype), out=fc1[expert])
                 torch.mul(one.fc2[0], factor[expert].to(fc2.dtype), out=fc2[expert])
-            scales = []
+            quant_scales = []
         else:
             fc1 = one.fc1.expand(case.experts, -1, -1).contiguous()
             fc2 = one.fc2.expand(case.experts, -1, -1).contiguous()
-            scales = [s.expand(case.experts, -1) * factor[:, None] for s in one.quant_scales]
+            quant_scales = [s.expand(case.experts, -1) * factor[:, None] for s in one.quant_scales]
         ids = torch.rand(case.tokens, case.experts, device="cuda").topk(case.top_k).indices
         layer = dataclasses.replace(
-            one, case=case, ids=ids.to(torch.int32), fc1=fc1, fc2=fc2, quant_scales=scales
+            one,
+            case=case,
+            ids=ids.to(torch.int32),
+            scales=torch.rand(case.tokens, case.top_k, device="cuda"),
+            fc1=fc1,
+            fc2=fc2,
+            quant_scales=quant_scales,
         )
         out = layer.run()
         assert out.dtype == output_dtype(case)

@@ -5,8 +5,8 @@
 
 Medians of CUDA-graph replays, weights rotated so that the L2 cache cannot serve them, uniform
 random routing. Each implementation's result is compared with the float32 reference first, on
-rows from both ends; one that is wrong is reported as WRONG, not timed, and the program then
-exits with status 1. On a CPU it runs too, to be tried; its numbers then say little.
+rows from both ends; one that is wrong or fails is reported as that, not timed, and the program
+then exits with status 1. On a CPU it runs too, to be tried; its numbers then say little.
 """
 
 from __future__ import annotations
@@ -199,7 +199,7 @@ def run_cells(ceilings: Ceilings, device: torch.device) -> list[dict[str, Any]]:
                     "results": {},
                 }
                 for implementation in implementations:
-                    cell["results"][implementation.name] = run_with_tactics(
+                    cell["results"][implementation.name] = run_or_report(
                         implementation, layers, floor, dtype
                     )
                 cells.append(cell)
@@ -210,6 +210,23 @@ def run_cells(ceilings: Ceilings, device: torch.device) -> list[dict[str, Any]]:
                 torch.cuda.empty_cache()
     bar.close()
     return cells
+
+
+def run_or_report(
+    implementation: Any, layers: list[Layer], floor: float, dtype: torch.dtype
+) -> dict[str, Any]:
+    """run_with_tactics; an error becomes {"failed": text}, so that the other numbers are kept."""
+    try:
+        return run_with_tactics(implementation, layers, floor, dtype)
+    except app.UsageError:
+        raise
+    except Exception as error:
+        first = layers[0]
+        print(
+            f"{implementation.name} failed on {first.model.name} M={first.x.shape[0]}: {error!r}",
+            file=sys.stderr,
+        )
+        return {"failed": repr(error)}
 
 
 def run_with_tactics(
@@ -286,14 +303,17 @@ def main(argv: list[str]) -> None:
         import plot  # matplotlib takes a second to import
 
         plot.draw(document, _PLOT.value)
-    wrong = [
-        f"{name} on {cell['model']} M={cell['tokens']}: error {result['wrong']:.1e}"
+    bad = [
+        f"{name} on {cell['model']} {cell['weights']} M={cell['tokens']}: "
+        + (result.get("failed") or f"error {result['wrong']:.1e}")
         for cell in document["cells"]
         for name, result in cell["results"].items()
-        if "wrong" in result
+        if "wrong" in result or "failed" in result
     ]
-    if wrong:
-        sys.exit("WRONG results, not timed:\n  " + "\n  ".join(wrong))
+    if bad:
+        sys.exit(
+            "not timed, because the result was wrong or the call failed:\n  " + "\n  ".join(bad)
+        )
 
 
 if __name__ == "__main__":

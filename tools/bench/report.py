@@ -32,6 +32,8 @@ def cell_text(result: dict[str, Any]) -> str:
     """Microseconds, or why there are none."""
     if "us" in result:
         return f"{result['us']:.1f}" if result["us"] < 100 else f"{result['us']:.0f}"
+    if "failed" in result:
+        return "FAILED"
     return "WRONG" if "wrong" in result else "–"
 
 
