@@ -5,6 +5,9 @@ load("//tools/python:repositories.bzl", "HERE", "fetch_wheels", "find_python")
 
 _ENVIRONMENT = ["MOE_CUDA_TOOLKIT", "MOE_PYTHON", "PATH"]
 
+# For reproducible objects; not every nvcc since 11.8 has them.
+_WANTED_OPTIONS = ["--frandom-seed", "--objdir-as-tempdir"]
+
 _TOOLKIT_BUILD = """\
 load("{here}//tools/cuda/private:toolkit.bzl", "toolkit")
 load("{here}//tools/python/private:missing.bzl", "missing")
@@ -17,7 +20,7 @@ toolkit(
     # Folders, not their thousands of files: one link each in a sandbox.
     files = [{folders}],
     nvcc = "{nvcc}",
-    version = "{version}",
+    options = [{options}],
 )
 
 cc_library(
@@ -113,12 +116,12 @@ def _wheel_toolkit(repository_ctx, python):
         root = root,
     )
 
-def _nvcc_version(repository_ctx, nvcc):
-    """Returns nvcc's release, such as "13.0"."""
-    result = repository_ctx.execute([repository_ctx.path(nvcc), "--version"])
-    if result.return_code != 0 or "release " not in result.stdout:
-        fail("fused_moe: %s --version fails: %s" % (nvcc, result.stdout + result.stderr))
-    return result.stdout.partition("release ")[2].partition(",")[0]
+def _nvcc_options(repository_ctx, nvcc):
+    """Returns those of _WANTED_OPTIONS that this nvcc has."""
+    result = repository_ctx.execute([repository_ctx.path(nvcc), "--help"])
+    if result.return_code != 0:
+        fail("fused_moe: %s --help fails: %s" % (nvcc, result.stdout + result.stderr))
+    return [option for option in _WANTED_OPTIONS if option in result.stdout]
 
 def _cuda_toolkit_impl(repository_ctx):
     root = repository_ctx.os.environ.get("MOE_CUDA_TOOLKIT")
@@ -134,7 +137,10 @@ def _cuda_toolkit_impl(repository_ctx):
         folders = ", ".join([repr(folder) for folder in toolkit.folders]),
         includes = "\"host_include\"" if toolkit.headers else "",
         nvcc = toolkit.nvcc,
-        version = _nvcc_version(repository_ctx, toolkit.nvcc),
+        options = ", ".join([
+            repr(option)
+            for option in _nvcc_options(repository_ctx, toolkit.nvcc)
+        ]),
     )
     for tool in ["cuobjdump", "nvdisasm"]:
         path = repository_ctx.path(toolkit.root + "/bin/" + tool)

@@ -48,9 +48,10 @@ def _compile(ctx, source, toolkit, compiler, context):
     args.add("--compiler-bindir", compiler)
     args.add_all(_HOST_FLAGS, before_each = "--compiler-options")
     args.add_all(_gencode(ctx), before_each = "--generate-code")
-    if toolkit.version >= (12, 0):
-        # Names that nvcc would draw at random, and intermediate files beside the object.
+    if "--frandom-seed" in toolkit.options:
         args.add("--frandom-seed=" + identity)
+    if "--objdir-as-tempdir" in toolkit.options:
+        # Intermediate files beside the object, which is in the action's own folder.
         args.add("--objdir-as-tempdir")
     args.add_all(context.defines, before_each = "--define-macro")
     args.add_all(ctx.attr.local_defines, before_each = "--define-macro")

@@ -6,7 +6,7 @@ ToolkitInfo = provider(
     fields = {
         "files": "depset of files and folders that nvcc needs beside itself",
         "nvcc": "path of nvcc, absolute or from the execution root",
-        "version": "release as a tuple of integers, (13, 0)",
+        "options": "which of the options that not every nvcc has this one has",
     },
 )
 
@@ -17,7 +17,7 @@ def _toolkit_impl(ctx):
     return [ToolkitInfo(
         files = depset(ctx.files.files),
         nvcc = nvcc,
-        version = tuple([int(number) for number in ctx.attr.version.split(".")]),
+        options = ctx.attr.options,
     )]
 
 toolkit = rule(
@@ -25,7 +25,7 @@ toolkit = rule(
     attrs = {
         "files": attr.label_list(allow_files = True, doc = "Folders of the toolkit."),
         "nvcc": attr.string(mandatory = True, doc = "Absolute, or in this repository."),
-        "version": attr.string(mandatory = True, doc = "Release, such as \"13.0\"."),
+        "options": attr.string_list(doc = "Optional options that this nvcc has."),
     },
     doc = "Describes a toolkit to cuda_library.",
 )
