@@ -211,12 +211,13 @@ class Layer:
             **changes,
         )
 
-    def reference(self, rows: torch.Tensor | slice = slice(None)) -> torch.Tensor:
+    def reference(self, rows: torch.Tensor | None = None) -> torch.Tensor:
         """float32 [M or rows, H] by the plain reference, on the GPU."""
+        picked = slice(None) if rows is None else rows
         return reference_moe(
-            self.input[rows],
-            self.ids[rows],
-            None if self.scales is None else self.scales[rows],
+            self.input[picked],
+            self.ids[picked],
+            None if self.scales is None else self.scales[picked],
             self.fc1,
             self.fc2,
             self.quant_scales,
@@ -358,7 +359,7 @@ def run_poisoned(layer: Layer, poison: int, **changes: Any) -> torch.Tensor:
     return result.clone()
 
 
-def check(layer: Layer, out: torch.Tensor, rows: torch.Tensor | slice = slice(None)) -> None:
+def check(layer: Layer, out: torch.Tensor, rows: torch.Tensor | None = None) -> None:
     """Fails unless `out` is right as a whole, in every row and in every element.
 
     `rows` says which rows of the input `out` belongs to, where it is not all.
@@ -386,7 +387,7 @@ def check(layer: Layer, out: torch.Tensor, rows: torch.Tensor | slice = slice(No
         f"row {worst}: an element is off by {float(element_error[worst]):.2e} of the row's rms"
     )
     first = layer.case.ep_rank * layer.case.experts
-    ids = layer.ids[rows].long()
+    ids = (layer.ids if rows is None else layer.ids[rows]).long()
     here = ((ids >= first) & (ids < first + layer.case.experts)).any(dim=1)
     assert not bool(out[~here].any()), "a token without an expert on this rank is not exactly 0"
 
