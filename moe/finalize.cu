@@ -12,7 +12,7 @@ namespace moe {
 namespace {
 
 constexpr int kThreads = 128;
-constexpr int kColumns = 8;      // of a thread: one 16-byte load of 16-bit values
+constexpr int kColumns = 8;       // of a thread: one 16-byte load of 16-bit values
 constexpr int kRowsInFlight = 4;  // independent loads of a thread
 
 __device__ float2 ToFloat(__half2 v) { return __half22float2(v); }
@@ -63,9 +63,9 @@ cudaError_t Launch(const Problem& problem, const void* rows, const int32_t* slot
   const int vectors = problem.hidden_size / kColumns;
   // Tokens go along x: only that grid dimension reaches beyond 65535.
   const dim3 grid(static_cast<unsigned>(problem.num_tokens), (vectors + kThreads - 1) / kThreads);
-  FinalizeKernel<Pair><<<grid, kThreads, 0, stream>>>(
-      static_cast<const uint4*>(rows), slot_to_row, static_cast<uint4*>(out), problem.top_k,
-      vectors);
+  FinalizeKernel<Pair><<<grid, kThreads, 0, stream>>>(static_cast<const uint4*>(rows), slot_to_row,
+                                                      static_cast<uint4*>(out), problem.top_k,
+                                                      vectors);
   return cudaGetLastError();
 }
 
@@ -73,8 +73,7 @@ cudaError_t Launch(const Problem& problem, const void* rows, const int32_t* slot
 
 cudaError_t LaunchFinalize(const Problem& problem, const void* expert_output,
                            const int32_t* slot_to_row, void* output, cudaStream_t stream) {
-  auto* launch =
-      problem.output_dtype == DType::kFloat16 ? Launch<__half2> : Launch<__nv_bfloat162>;
+  auto* launch = problem.output_dtype == DType::kFloat16 ? Launch<__half2> : Launch<__nv_bfloat162>;
   return launch(problem, expert_output, slot_to_row, output, stream);
 }
 

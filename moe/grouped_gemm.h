@@ -21,23 +21,23 @@
 namespace moe {
 
 struct GroupedGemm {
-  const void* a = nullptr;               // [*, k] dtype
-  bool gather = false;                   // rows of `a` are tokens
+  const void* a = nullptr;  // [*, k] dtype
+  bool gather = false;      // rows of `a` are tokens
   int32_t top_k = 1;
-  const void* weights = nullptr;         // [experts, fc rows, k]
-  const void* weight_scales = nullptr;   // [experts, fc rows]; null for 16-bit weights
-  const void* bias = nullptr;            // [experts, fc rows]; may be null
-  const float* swiglu_alpha = nullptr;   // [experts]; null: 1
-  const float* swiglu_beta = nullptr;    // [experts]; null: 0
-  const float* swiglu_limit = nullptr;   // [experts]; null: infinity, 7 for SwigluStep
-  const int32_t* row_slot = nullptr;     // [rows]
-  const float* slot_scales = nullptr;    // [slots]; null: 1
-  void* out = nullptr;                   // [rows, columns] out_dtype
-  const RowTile* row_tiles = nullptr;    // device list
+  const void* weights = nullptr;           // [experts, fc rows, k]
+  const void* weight_scales = nullptr;     // [experts, fc rows]; null for 16-bit weights
+  const void* bias = nullptr;              // [experts, fc rows]; may be null
+  const float* swiglu_alpha = nullptr;     // [experts]; null: 1
+  const float* swiglu_beta = nullptr;      // [experts]; null: 0
+  const float* swiglu_limit = nullptr;     // [experts]; null: infinity, 7 for SwigluStep
+  const int32_t* row_slot = nullptr;       // [rows]
+  const float* slot_scales = nullptr;      // [slots]; null: 1
+  void* out = nullptr;                     // [rows, columns] out_dtype
+  const RowTile* row_tiles = nullptr;      // device list
   const int32_t* num_row_tiles = nullptr;  // device scalar
-  int64_t max_row_tiles = 0;             // host bound of it, for the grid
-  int32_t columns = 0;                   // of out: I for GEMM 1, H for GEMM 2
-  int32_t k = 0;                         // reduction length: H for GEMM 1, I for GEMM 2
+  int64_t max_row_tiles = 0;               // host bound of it, for the grid
+  int32_t columns = 0;                     // of out: I for GEMM 1, H for GEMM 2
+  int32_t k = 0;                           // reduction length: H for GEMM 1, I for GEMM 2
   Activation activation = Activation::kIdentity;
   DType dtype = DType::kBFloat16;
   DType out_dtype = DType::kBFloat16;

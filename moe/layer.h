@@ -18,21 +18,21 @@ namespace moe {
 
 // Device pointers. Shapes are those of `Problem`; null where optional and absent.
 struct LayerArguments {
-  const void* input = nullptr;           // [M, H] dtype
-  const int32_t* experts = nullptr;      // [M, k] global ids, any value
-  const float* scales = nullptr;         // [M, k]; null: 1
-  const void* fc1_weights = nullptr;     // [E_l, 2I or I, H]
-  const void* fc2_weights = nullptr;     // [E_l, H, I]
-  const void* fc1_scales = nullptr;      // [E_l, 2I or I]
-  const void* fc2_scales = nullptr;      // [E_l, H]
+  const void* input = nullptr;        // [M, H] dtype
+  const int32_t* experts = nullptr;   // [M, k] global ids, any value
+  const float* scales = nullptr;      // [M, k]; null: 1
+  const void* fc1_weights = nullptr;  // [E_l, 2I or I, H]
+  const void* fc2_weights = nullptr;  // [E_l, H, I]
+  const void* fc1_scales = nullptr;   // [E_l, 2I or I]
+  const void* fc2_scales = nullptr;   // [E_l, H]
   DType weight_scale_dtype = DType::kFloat32;
-  const void* fc1_bias = nullptr;        // [E_l, 2I or I] output_dtype
-  const void* fc2_bias = nullptr;        // [E_l, H] output_dtype
-  const float* swiglu_alpha = nullptr;   // [E_l]
-  const float* swiglu_beta = nullptr;    // [E_l]
-  const float* swiglu_limit = nullptr;   // [E_l]
-  void* output = nullptr;                // [M, H] output_dtype
-  void* workspace = nullptr;             // PlanWorkspace(problem).bytes
+  const void* fc1_bias = nullptr;       // [E_l, 2I or I] output_dtype
+  const void* fc2_bias = nullptr;       // [E_l, H] output_dtype
+  const float* swiglu_alpha = nullptr;  // [E_l]
+  const float* swiglu_beta = nullptr;   // [E_l]
+  const float* swiglu_limit = nullptr;  // [E_l]
+  void* output = nullptr;               // [M, H] output_dtype
+  void* workspace = nullptr;            // PlanWorkspace(problem).bytes
   size_t workspace_bytes = 0;
 };
 

@@ -43,15 +43,15 @@ constexpr bool IsGated(Activation a) {
 }
 
 struct Problem {
-  int64_t num_tokens = 0;           // M
-  int32_t hidden_size = 0;          // H
-  int32_t intermediate_size = 0;    // I, this rank's share under tensor parallelism
-  int32_t num_local_experts = 0;    // E_l, experts whose weights are here
-  int32_t num_experts = 0;          // E, experts over all ranks: what the ids range over
-  int32_t first_local_expert = 0;   // ids [first, first + E_l) are computed here
-  int32_t top_k = 0;                // k
+  int64_t num_tokens = 0;          // M
+  int32_t hidden_size = 0;         // H
+  int32_t intermediate_size = 0;   // I, this rank's share under tensor parallelism
+  int32_t num_local_experts = 0;   // E_l, experts whose weights are here
+  int32_t num_experts = 0;         // E, experts over all ranks: what the ids range over
+  int32_t first_local_expert = 0;  // ids [first, first + E_l) are computed here
+  int32_t top_k = 0;               // k
   Activation activation = Activation::kSwiglu;
-  DType dtype = DType::kBFloat16;   // of input, intermediate values and 16-bit weights
+  DType dtype = DType::kBFloat16;         // of input, intermediate values and 16-bit weights
   DType output_dtype = DType::kBFloat16;  // of output and biases
   WeightFormat weight_format = WeightFormat::kSameAsInput;
 

@@ -46,9 +46,9 @@ __device__ Extent operator+(const Extent& a, const Extent& b) {
 }
 
 __device__ Extent ShuffleUp(const Extent& v, int delta) {
-  return {__shfl_up_sync(kFullWarp, v.rows, delta),
-          {__shfl_up_sync(kFullWarp, v.tiles[0], delta),
-           __shfl_up_sync(kFullWarp, v.tiles[1], delta)}};
+  return {
+      __shfl_up_sync(kFullWarp, v.rows, delta),
+      {__shfl_up_sync(kFullWarp, v.tiles[0], delta), __shfl_up_sync(kFullWarp, v.tiles[1], delta)}};
 }
 
 __device__ Extent WarpInclusiveScan(Extent v, int lane) {
@@ -159,8 +159,7 @@ __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
   const int32_t own_slot = share_begin + threadIdx.x;
   if (own_slot < p.slots) {
     const int32_t expert = LocalExpert(p, own_slot);
-    PlaceSlot(p, own_slot,
-              expert >= 0 ? row_begin[expert] + atomicAdd(&earlier[expert], 1) : -1);
+    PlaceSlot(p, own_slot, expert >= 0 ? row_begin[expert] + atomicAdd(&earlier[expert], 1) : -1);
   }
   if (blockIdx.x == gridDim.x - 1) WriteTileLists(p, counts, row_begin, first_tile, total);
 }

@@ -19,12 +19,12 @@ inline constexpr int32_t kMaxLocalExperts = 2048;
 
 // Device pointers into the workspace, as in WorkspacePlan.
 struct RoutingBuffers {
-  int32_t* num_row_tiles;   // [2]
+  int32_t* num_row_tiles;  // [2]
   RowTile* row_tiles[2];
-  int32_t tile_rows[2];     // tile heights of GEMM 1 and GEMM 2
-  int32_t* expert_counts;   // [RoutingBlocks, E_l]
-  int32_t* row_to_slot;     // [slots]
-  int32_t* slot_to_row;     // [slots]
+  int32_t tile_rows[2];    // tile heights of GEMM 1 and GEMM 2
+  int32_t* expert_counts;  // [RoutingBlocks, E_l]
+  int32_t* row_to_slot;    // [slots]
+  int32_t* slot_to_row;    // [slots]
 };
 
 // One launch up to 16384 slots, three beyond. Any id value is safe: ids outside

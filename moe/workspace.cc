@@ -29,8 +29,7 @@ int32_t RoutingBlocks(const Problem& problem) {
   constexpr int64_t kMaxCounters = 64 * 1024;
   const int64_t wanted = (problem.num_slots() + kSlotsPerBlock - 1) / kSlotsPerBlock;
   const int64_t affordable = kMaxCounters / std::max<int64_t>(problem.num_local_experts, 1);
-  return static_cast<int32_t>(
-      std::max<int64_t>(1, std::min<int64_t>({wanted, affordable, 128})));
+  return static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>({wanted, affordable, 128})));
 }
 
 WorkspacePlan PlanWorkspace(const Problem& problem) {

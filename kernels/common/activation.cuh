@@ -18,9 +18,7 @@ __device__ inline float Min(float x, float limit) { return x > limit ? limit : x
 __device__ inline float Max(float x, float limit) { return x < limit ? limit : x; }
 
 // exp(-x) overflows to infinity for x < -88, where the quotient is 0 as it must be.
-__device__ inline float SigmoidTimes(float y, float x) {
-  return __fdividef(y, 1.0f + __expf(-x));
-}
+__device__ inline float SigmoidTimes(float y, float x) { return __fdividef(y, 1.0f + __expf(-x)); }
 __device__ inline float Silu(float x) { return SigmoidTimes(x, x); }
 
 __device__ inline float GeluErf(float x) {

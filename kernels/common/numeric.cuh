@@ -41,8 +41,7 @@ __device__ inline void LoadAsFloat(const void* base, int64_t index, DType dtype,
     }
     return;
   }
-  const uint32_t* p =
-      reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(base) + index);
+  const uint32_t* p = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(base) + index);
 #pragma unroll
   for (int i = 0; i < Count / 2; ++i) {
     const uint32_t word = __ldg(p + i);

@@ -60,8 +60,8 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
   const int first_row = warp / T::kTile.warps_n * T::kWarpM + lane / 4;
-  const int first_column = item.column + warp % T::kTile.warps_n * Columns::kWarpColumns +
-                           lane % 4 * kVector;
+  const int first_column =
+      item.column + warp % T::kTile.warps_n * Columns::kWarpColumns + lane % 4 * kVector;
 
   float row_scale[T::kMmaM][2];
 #pragma unroll
@@ -87,8 +87,8 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
       if (column >= gemm.columns) continue;
       const int64_t expert_row = static_cast<int64_t>(item.expert) * Columns::kHalves;
       const Channels<kVector> up(gemm, expert_row * gemm.columns + column);
-      const Channels<kVector> gate(
-          gemm, (expert_row + Columns::kHalves - 1) * gemm.columns + column);
+      const Channels<kVector> gate(gemm,
+                                   (expert_row + Columns::kHalves - 1) * gemm.columns + column);
       const int block = group * Columns::kGroup * Columns::kHalves;
 #pragma unroll
       for (int m = 0; m < T::kMmaM; ++m) {

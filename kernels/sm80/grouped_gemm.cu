@@ -48,12 +48,10 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
   const Scheduler<T::kTile.m, T::kTileColumns> schedule(gemm);
   Loader<T> loader(gemm, schedule, static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
   Mainloop<T> mainloop(shared, gemm.weight_format == WeightFormat::kUint8 ? 0x80808080u : 0u);
-  const int k_tiles = (gemm.k + T::kTile.k - 1) / T::kTile.k;
-  const int warp_row = threadIdx.x / 32 / T::kTile.warps_n * T::kWarpM;
 
 #pragma unroll 1
   for (int s = 0; s < T::kStages - 1; ++s) {
-    loader.template Issue<0, 1>();
+    loader.template Issue<0, 1>(s * T::kStageBytes);
     loader.Advance();
     cute::cp_async_fence();
   }
@@ -64,25 +62,31 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
   publish();
   mainloop.Prime();
 
-  int stage = 0;
+  constexpr int kLastStage = (T::kStages - 1) * T::kStageBytes;
+  int stage = 0;  // byte offset of the stage to multiply
   for (int32_t work = blockIdx.x; work < schedule.work_items; work += gridDim.x) {
-    const WorkItem item = schedule.Decode(work);
-    const int active = min(T::kMmaM, max(0, (item.rows - warp_row + 15) / 16));
+    int active = 1;  // 16-row blocks of this warp that hold rows
+    if constexpr (T::kMmaM > 1) {
+      const int rows = schedule.Decode(work).rows - GetWarpPlace<T>().m * T::kWarpM;
+      active = min(T::kMmaM, max(0, (rows + 15) / 16));
+    }
     typename Mainloop<T>::Accumulators acc = {};
-    for (int k_tile = 0; k_tile < k_tiles; ++k_tile) {
-      const int next = stage == (T::kStages - 1) * T::kStageBytes ? 0 : stage + T::kStageBytes;
+    for (int k_left = gemm.k; k_left > 0; k_left -= T::kTile.k) {
+      const int next = stage == kLastStage ? 0 : stage + T::kStageBytes;
+      const int previous = stage == 0 ? kLastStage : stage - T::kStageBytes;
       mainloop.Run(
           stage, next, active, acc,
           [&](auto step) {
             constexpr int kParts = T::kMmaK - 1;
-            loader.template Issue<decltype(step)::value, kParts>();
+            loader.template Issue<decltype(step)::value, kParts>(previous);
             if constexpr (decltype(step)::value == kParts - 1) cute::cp_async_fence();
           },
           publish);
       loader.Advance();
       stage = next;
     }
-    Epilogue<T>(gemm, item, acc);
+    // Decoded again: four registers less in the loop above.
+    Epilogue<T>(gemm, schedule.Decode(work), acc);
   }
 }
 

@@ -21,11 +21,16 @@
 
 namespace moe::sm80 {
 
-// 16 bytes past L1, or zeros where !fill.
-__device__ inline void CopyAsync16(uint32_t shared, const void* global, bool fill) {
-  const int bytes = fill ? 16 : 0;
-  asm volatile("cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %2;\n" ::"r"(shared),
-               "l"(global), "r"(bytes));
+// 16 bytes past L1, or zeros where !fill, or nothing where !copy. The predicate is in the
+// instruction: as a C++ condition it may become a branch around it.
+__device__ inline void CopyAsync16(uint32_t shared, const void* global, bool copy, bool fill) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred copy;\n"
+      "  setp.ne.b32 copy, %2, 0;\n"
+      "  @copy cp.async.cg.shared.global.L2::128B [%0], [%1], 16, %3;\n"
+      "}\n" ::"r"(shared),
+      "l"(global), "r"(static_cast<int>(copy)), "r"(fill ? 16 : 0));
 }
 
 template <typename T>
@@ -37,112 +42,106 @@ class Loader {
   __device__ Loader(const GroupedGemm& gemm, const Schedule& schedule, uint32_t shared)
       : gemm_(gemm),
         schedule_(schedule),
-        work_(blockIdx.x),
-        k_tiles_((gemm.k + T::kTile.k - 1) / T::kTile.k) {
-    const int chunk_a = threadIdx.x % T::kChunksA;
-    const int chunk_b = threadIdx.x % T::kChunksB;
-    shared_a_ = shared + RowA() * T::kRowBytesA + (chunk_a ^ SwizzleA<T>(RowA())) * 16;
-    shared_b_ = shared + T::kBytesA + RowB() * T::kRowBytesB +
-                (chunk_b ^ LdmatrixSwizzle<T::kRowBytesB>(RowB())) * 16;
+        work_(blockIdx.x) {
+    shared_a_ = shared + RowA() * T::kRowBytesA + (ChunkA() ^ SwizzleA<T>(RowA())) * 16;
+    shared_b_ = shared + RowB() * T::kRowBytesB +
+                (ChunkB() ^ LdmatrixSwizzle<T::kRowBytesB>(RowB())) * 16;
     BeginTile();
   }
 
-  // Issues part `kPart` of `kParts` of the current step's copies, so that a caller can spread
-  // them between its mma instructions. Branch-free for the same reason: each copy is predicated,
-  // and after the last tile all predicates are false.
+  // Issues part `kPart` of `kParts` of the current step's copies into the stage at byte offset
+  // `stage`, so that a caller can spread them between its mma instructions. Branch-free for the
+  // same reason: a bit of copies_ predicates each copy, and after the last tile all are clear.
   template <int kPart, int kParts>
-  __device__ void Issue() const {
-    const uint32_t row_bytes_a = gemm_.k * 2;
+  __device__ void Issue(int stage) const {
+    const uint64_t k = static_cast<uint32_t>(gemm_.k);  // for products of 32 by 32 bits
+    const uint32_t to_a = shared_a_ + stage;
+    const uint32_t to_b = (T::kQuantized ? shared_b_ : shared_a_) + stage + T::kBytesA;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsA; i += kParts) {
-      if (row_a_[i] < 0) continue;
-      CopyAsync16(shared_a_ + stage_ + i * T::kRowStepA * T::kRowBytesA,
-                  a_ + static_cast<uint64_t>(row_bytes_a) * row_a_[i], chunks_left_a_ > 0);
+      CopyAsync16(to_a + i * T::kRowStepA * T::kRowBytesA,
+                  a_ + k * twice_row_a_[i],
+                  (copies_ & BitA(i)) != 0, ChunkA() * 8 < k_left_);
     }
-    const uint32_t row_bytes_b = gemm_.k * (T::kQuantized ? 1 : 2);
 #pragma unroll
     for (int i = kPart; i < T::kLoadsB; i += kParts) {
-      constexpr int kStep = T::kRowStepB;
-      if (column_ + Columns::Column(i * kStep) >= gemm_.columns) continue;
-      const char* rows = Columns::IsGate(i * kStep) ? gate_rows_ : rows_;
-      CopyAsync16(shared_b_ + stage_ + i * kStep * T::kRowBytesB,
-                  rows + static_cast<uint64_t>(row_bytes_b) * Columns::Column(i * kStep),
-                  chunks_left_b_ > 0);
+      constexpr int kBytes = T::kQuantized ? 1 : 2;
+      const int n = i * T::kRowStepB;
+      const uint32_t row = Columns::Column(n) + (Columns::IsGate(n) ? gemm_.columns : 0);
+      CopyAsync16(to_b + n * T::kRowBytesB, rows_ + k * (row * kBytes),
+                  (copies_ & BitB(i)) != 0,
+                  ChunkB() * (16 / kBytes) < k_left_);
     }
   }
 
-  // Moves on to the next step: the next stage, the next part of k, or the next tile.
+  // Moves on to the next step: the next part of k, or the next tile.
   __device__ void Advance() {
-    stage_ = stage_ == (T::kStages - 1) * T::kStageBytes ? 0 : stage_ + T::kStageBytes;
     a_ += T::kRowBytesA;
     rows_ += T::kRowBytesB;
-    gate_rows_ += T::kRowBytesB;
-    chunks_left_a_ -= T::kChunksA;
-    chunks_left_b_ -= T::kChunksB;
-    if (++k_tile_ == k_tiles_) {
+    k_left_ -= T::kTile.k;
+    if (k_left_ <= 0) {
       work_ += gridDim.x;
       BeginTile();
     }
   }
 
  private:
-  static constexpr int32_t kNoRow = -1;
+  static_assert(T::kLoadsA + T::kLoadsB <= 32, "a bit a copy");
+  static constexpr uint32_t BitA(int i) { return 1u << i; }
+  static constexpr uint32_t BitB(int i) { return 1u << (T::kLoadsA + i); }
 
-  // The thread's first row of each operand; the others follow in steps of kRowStep.
+  // The thread's chunk of a row, and its first row of each operand; its other rows follow in steps
+  // of kRowStep. With 16-bit weights all is the same for both operands, and kept once: registers
+  // are what the widest tile has fewest of.
+  __device__ static int ChunkA() { return threadIdx.x % T::kChunksA; }
+  __device__ static int ChunkB() { return threadIdx.x % T::kChunksB; }
   __device__ static int RowA() { return threadIdx.x / T::kChunksA; }
   __device__ static int RowB() { return threadIdx.x / T::kChunksB; }
 
   __device__ void BeginTile() {
-    k_tile_ = 0;
-    if (work_ >= schedule_.work_items) {
-      column_ = 1 << 30;
-#pragma unroll
-      for (int i = 0; i < T::kLoadsA; ++i) row_a_[i] = kNoRow;
-      return;
-    }
+    k_left_ = gemm_.k;
+    copies_ = 0;
+    if (work_ >= schedule_.work_items) return;
     const WorkItem item = schedule_.Decode(work_);
-    const int chunk_a = threadIdx.x % T::kChunksA;
-    a_ = static_cast<const char*>(gemm_.a) + chunk_a * 16;
-    chunks_left_a_ = gemm_.k / 8 - chunk_a;
+
+    a_ = static_cast<const char*>(gemm_.a) + ChunkA() * 16;
 #pragma unroll
     for (int i = 0; i < T::kLoadsA; ++i) {
       const int row = RowA() + i * T::kRowStepA;
-      row_a_[i] = kNoRow;
+      twice_row_a_[i] = 0;
       if (row >= item.rows) continue;
-      row_a_[i] = item.row_begin + row;
+      copies_ |= BitA(i);
+      uint32_t source = item.row_begin + row;
       if (gemm_.gather) {
-        row_a_[i] = static_cast<uint32_t>(gemm_.row_slot[row_a_[i]]) /
-                    static_cast<uint32_t>(gemm_.top_k);
+        source = static_cast<uint32_t>(gemm_.row_slot[source]) / static_cast<uint32_t>(gemm_.top_k);
       }
+      twice_row_a_[i] = 2 * source;
     }
-    column_ = item.column + Columns::Column(RowB());
-    const int chunk_b = threadIdx.x % T::kChunksB;
+
+    const int32_t column = item.column + Columns::Column(RowB());
+#pragma unroll
+    for (int i = 0; i < T::kLoadsB; ++i) {
+      if (column + Columns::Column(i * T::kRowStepB) < gemm_.columns) copies_ |= BitB(i);
+    }
     const int64_t row_bytes = static_cast<int64_t>(gemm_.k) * (T::kQuantized ? 1 : 2);
-    chunks_left_b_ = static_cast<int32_t>(row_bytes / 16) - chunk_b;
     const int64_t expert_rows = static_cast<int64_t>(gemm_.columns) * Columns::kHalves;
-    const char* up = static_cast<const char*>(gemm_.weights) +
-                     (item.expert * expert_rows + column_) * row_bytes + chunk_b * 16;
-    const char* gate = up + gemm_.columns * row_bytes;
-    // The gate bit of a row is either in the thread's own part of it or in the compile-time part.
-    rows_ = Columns::IsGate(RowB()) ? gate : up;
-    gate_rows_ = gate;
+    // Gate rows follow the up rows. The gate bit of a row's place in the tile is either in the
+    // thread's own part of it, as here, or in the compile-time part, as in Issue().
+    const int64_t row = item.expert * expert_rows + column +
+                        (Columns::IsGate(RowB()) ? gemm_.columns : 0);
+    rows_ = static_cast<const char*>(gemm_.weights) + row * row_bytes + ChunkB() * 16;
   }
 
   const GroupedGemm& gemm_;
   const Schedule& schedule_;
   int32_t work_;
-  int32_t k_tile_ = 0;
-  int32_t k_tiles_;
-  uint32_t stage_ = 0;  // byte offset
-  uint32_t shared_a_;
+  int32_t k_left_;  // of the tile's k, from this step on: beyond it are zeros
+  uint32_t shared_a_;  // where the thread's first chunk of each operand goes, in the first stage
   uint32_t shared_b_;
-  const char* a_ = nullptr;  // input at the thread's chunk of the step
-  int32_t row_a_[T::kLoadsA];      // rows of the input, kNoRow beyond the tile
-  int32_t chunks_left_a_ = 0;      // of k, from the thread's chunk on: none means zeros
-  int32_t chunks_left_b_ = 0;
-  int32_t column_;                   // of the thread's first weight row
-  const char* rows_ = nullptr;       // that weight row, at the thread's chunk of the step
-  const char* gate_rows_ = nullptr;  // its gate row
+  uint32_t copies_;                   // which of the thread's copies the tile has
+  const char* a_ = nullptr;           // of the input, at the thread's chunk of the step
+  uint32_t twice_row_a_[T::kLoadsA];  // rows of the input; a row has 2 * k bytes
+  const char* rows_ = nullptr;        // the thread's first weight row, at its chunk of the step
 };
 
 }  // namespace moe::sm80

@@ -23,13 +23,12 @@
 namespace moe::sm80 {
 
 template <typename Element>
-using Mma = std::conditional_t<std::is_same_v<Element, __half>,
-                               cute::SM80_16x8x16_F32F16F16F32_TN,
+using Mma = std::conditional_t<std::is_same_v<Element, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
                                cute::SM80_16x8x16_F32BF16BF16F32_TN>;
 
 __device__ inline void Ldmatrix4(const char* shared, uint32_t (&r)[4]) {
-  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared), r[0], r[1],
-                                r[2], r[3]);
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared), r[0], r[1], r[2],
+                                r[3]);
 }
 
 // Fragments of one k16 step of a warp.
@@ -49,9 +48,9 @@ class Mainloop {
   __device__ Mainloop(const char* shared, uint32_t weight_flip)
       : shared_(shared), weight_flip_(weight_flip) {
     const int lane = threadIdx.x % 32;
-    const int warp = threadIdx.x / 32;
-    const int first_row = warp / T::kTile.warps_n * T::kWarpM;
-    const int first_column = warp % T::kTile.warps_n * T::kWarpN;
+    const WarpPlace warp = GetWarpPlace<T>();
+    const int first_row = warp.m * T::kWarpM;
+    const int first_column = warp.n * T::kWarpN;
     if constexpr (T::kQuantized) {
       // 8-byte loads: lane = 4 * row + quad.
       const int row = lane / 4;

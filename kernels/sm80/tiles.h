@@ -17,7 +17,9 @@ struct Tile {
   int blocks;            // a multiprocessor is meant to hold; shared memory may allow fewer
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
-  constexpr int stage_bytes(bool quantized) const { return m * k * 2 + n * k * (quantized ? 1 : 2); }
+  constexpr int stage_bytes(bool quantized) const {
+    return m * k * 2 + n * k * (quantized ? 1 : 2);
+  }
   constexpr int shared_memory(bool quantized) const {
     return stage_bytes(quantized) * (quantized ? stages_int8 : stages);
   }

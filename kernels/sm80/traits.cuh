@@ -56,7 +56,7 @@ struct Traits {
   static constexpr int kStages = kQuantized ? kTile.stages_int8 : kTile.stages;
   static constexpr int kWarpM = kTile.m / kTile.warps_m;
   static constexpr int kWarpN = kTile.n / kTile.warps_n;
-  static constexpr int kMmaM = kWarpM / 16;   // mma.m16n8k16 steps of a warp
+  static constexpr int kMmaM = kWarpM / 16;  // mma.m16n8k16 steps of a warp
   static constexpr int kMmaN = kWarpN / 8;
   static constexpr int kMmaK = kTile.k / 16;
   using Columns = ColumnMap<kWarpN, kGated>;
@@ -100,6 +100,17 @@ __device__ constexpr int PairSwizzle(int row) { return row % 4 * 2; }
 template <typename T>
 __device__ constexpr int SwizzleA(int row) {
   return T::kQuantized ? PairSwizzle(row) : LdmatrixSwizzle<T::kRowBytesA>(row);
+}
+
+// The warp's place in the tile. The shuffle tells the compiler that all lanes agree on it.
+struct WarpPlace {
+  int m;
+  int n;
+};
+template <typename T>
+__device__ inline WarpPlace GetWarpPlace() {
+  const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
+  return {warp / T::kTile.warps_n, warp % T::kTile.warps_n};
 }
 
 }  // namespace moe::sm80

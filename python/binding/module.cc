@@ -65,8 +65,8 @@ const Backend& FindBackend(const std::string& name) {
   for (const Backend* backend : Backends()) {
     if (name == backend->name()) return *backend;
   }
-  throw std::invalid_argument("backend: got '" + name + "', which this build for " +
-                              MOE_BUILT_FOR + " does not hold");
+  throw std::invalid_argument("backend: got '" + name + "', which this build for " + MOE_BUILT_FOR +
+                              " does not hold");
 }
 
 std::vector<std::string> BackendNames() {
@@ -133,8 +133,8 @@ void Run(const std::string& name, const Problem& problem, uintptr_t stream, uint
   py::gil_scoped_release release;  // launches may wait for a full queue
   Device device = CurrentDevice();
   if (shared_memory_per_block > 0) device.shared_memory_per_block = shared_memory_per_block;
-  const TacticPair pair = tactics ? TacticPair{tactics->first, tactics->second}
-                                  : backend.Choose(problem, device);
+  const TacticPair pair =
+      tactics ? TacticPair{tactics->first, tactics->second} : backend.Choose(problem, device);
   RunLayer(backend, problem, a, pair, device, reinterpret_cast<cudaStream_t>(stream));
 }
 
@@ -149,9 +149,8 @@ PYBIND11_MODULE(_C, m) {
   py::class_<Problem>(m, "Problem")
       .def(py::init(&MakeProblem), py::kw_only(), py::arg("num_tokens"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("num_local_experts"),
-           py::arg("first_local_expert"), py::arg("top_k"), py::arg("activation"),
-           py::arg("dtype"), py::arg("output_dtype"), py::arg("weight_format"),
-           py::arg("num_experts") = 0);
+           py::arg("first_local_expert"), py::arg("top_k"), py::arg("activation"), py::arg("dtype"),
+           py::arg("output_dtype"), py::arg("weight_format"), py::arg("num_experts") = 0);
 
 #if defined(MOE_WITH_CUDA)
   m.attr("BACKENDS") = py::tuple(py::cast(BackendNames()));
@@ -182,10 +181,9 @@ PYBIND11_MODULE(_C, m) {
         py::arg("input"), py::arg("experts"), py::arg("scales"), py::arg("fc1_weights"),
         py::arg("fc2_weights"), py::arg("fc1_scales"), py::arg("fc2_scales"),
         py::arg("weight_scale_dtype"), py::arg("fc1_bias"), py::arg("fc2_bias"),
-        py::arg("swiglu_alpha"), py::arg("swiglu_beta"), py::arg("swiglu_limit"),
-        py::arg("output"), py::arg("workspace"), py::arg("workspace_bytes"),
-        py::arg("add_fc2_bias"), py::arg("tactics") = py::none(),
-        py::arg("shared_memory_per_block") = 0);
+        py::arg("swiglu_alpha"), py::arg("swiglu_beta"), py::arg("swiglu_limit"), py::arg("output"),
+        py::arg("workspace"), py::arg("workspace_bytes"), py::arg("add_fc2_bias"),
+        py::arg("tactics") = py::none(), py::arg("shared_memory_per_block") = 0);
 #else
   m.attr("BACKENDS") = py::tuple();
 #endif
