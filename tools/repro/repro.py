@@ -95,7 +95,6 @@ def main() -> None:
     source = checkout()
     cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
     cache.mkdir(parents=True, exist_ok=True)
-    # Not under /tmp, which .bazelrc replaces in the sandbox.
     results: list[dict[str, str]] = []
     with tempfile.TemporaryDirectory(dir=cache, prefix="fused_moe_repro_") as scratch:
         for folder in FOLDERS:

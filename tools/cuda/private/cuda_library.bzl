@@ -38,11 +38,21 @@ def _gencode(ctx):
 def _compile(ctx, source, toolkit, compiler, context):
     """Declares the action that compiles one source; returns the object."""
     stem = source.basename[:-len(".cu")]
-    identity = "/".join([ctx.label.package, ctx.label.name, source.basename])
+    identity = "/".join([
+        part
+        for part in [
+            ctx.label.workspace_root,
+            ctx.label.package,
+            ctx.label.name,
+            source.basename,
+        ]
+        if part
+    ])
     output = ctx.actions.declare_file("_objs/%s/%s.pic.o" % (ctx.label.name, stem))
     args = ctx.actions.args()
     args.add(source)
     args.add("%s/%s" % (_UNITS, identity))
+    args.add(output)
     args.add(toolkit.nvcc)
     args.add_all(_NVCC_FLAGS)
     args.add("--compiler-bindir", compiler)
