@@ -31,8 +31,8 @@ def count(folder: pathlib.Path) -> tuple[int, int, int]:
 def main() -> int:
     """Prints the line and returns the exit status."""
     failed_steps = int(sys.argv[1])
-    counts = [count(pathlib.Path(folder).resolve()) for folder in sys.argv[2:]]
-    passed, failed, skipped = (sum(column) for column in zip(*counts, strict=True))
+    counts = [count(pathlib.Path(folder).resolve()) for folder in sys.argv[2:] if folder]
+    passed, failed, skipped = (sum(column) for column in zip((0, 0, 0), *counts, strict=True))
     failed = max(failed, failed_steps)
     print(f"{passed} passed, {failed} failed, {skipped} skipped")
     return 1 if failed or not passed else 0
