@@ -1,4 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
+//
+// A model of waves and bytes. A GEMM takes the longer of
+//
+//   bytes   touched weights and rows, each once, at the bandwidth that the tile can keep busy
+//   waves   (tiles in a row for the busiest block) * (time of a tile), where a tile takes
+//           steps * (step + block * 16-row blocks that hold rows) + tile
+//
+// joined smoothly, since near the crossing each slows the other. How many row tiles an expert
+// needs is the expectation over Poisson-distributed rows: the host does not know the routing.
+//
+// The costs were fitted to 132 GEMM shapes an entry on an H200 (docs/measurements.md): they are
+// microseconds of that chip's multiprocessors. Other chips enter by multiprocessors, resident
+// blocks and shared memory. That an A100 has about 0.6 of both the matrix rate and the bandwidth a
+// multiprocessor scales all times alike and leaves the choice where it is.
 
 #include "kernels/sm80/choose.h"
 
@@ -8,6 +22,80 @@
 #include "kernels/sm80/tiles.h"
 
 namespace moe::sm80 {
+namespace {
+
+constexpr Device kFittedOn = {132, 232448, 233472};
+
+struct Cost {
+  double step;       // us a k step
+  double block;      // us a k step and 16-row block that holds rows
+  double tile;       // us a tile: epilogue and what of the prologue shows
+  double bandwidth;  // TB/s of the whole chip
+};
+
+// By tile, then 16-bit and 8-bit weights.
+constexpr Cost kCosts[][2] = {
+    {{0.340, 0.089, 1.48, 4.16}, {0.487, 0.146, 2.34, 3.42}},  // 16x64x128
+    {{0.293, 0.074, 3.24, 4.10}, {0.342, 0.106, 2.83, 3.58}},  // 16x128x64
+    {{0.348, 0.043, 2.94, 4.13}, {0.001, 0.427, 3.34, 3.25}},  // 32x128x64
+    {{0.640, 0.044, 2.31, 4.01}, {0.648, 0.084, 2.73, 3.00}},  // 64x128x64
+    {{0.840, 0.001, 3.16, 4.01}, {1.073, 0.001, 3.56, 3.12}},  // 64x256x64
+    {{0.907, 0.063, 2.75, 4.16}, {1.613, 0.028, 3.20, 3.00}},  // 128x128x64
+    {{0.805, 0.070, 3.33, 4.01}, {1.471, 0.035, 3.17, 3.00}},  // 128x256x64
+};
+static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
+
+// Expected ceil(X / height) for a Poisson X of the given mean: the sum over j of P(X > j * height),
+// by a logistic approximation of the normal distribution.
+double RowTiles(double mean, int height) {
+  if (mean > 4.0 * height) return mean / height + 0.5;
+  const double deviation = std::sqrt(mean);
+  double tiles = 1.0 - std::exp(-mean);
+  for (int j = 1; j * height < mean + 4.0 * deviation; ++j) {
+    tiles += 1.0 / (1.0 + std::exp(1.702 * (j * height + 0.5 - mean) / deviation));
+  }
+  return tiles;
+}
+
+// What a GEMM's cost depends on besides the tile.
+struct Shape {
+  double experts;
+  double rows_per_expert;
+  double weight_rows;  // of an expert
+  double k;
+  double bytes;
+};
+
+double Microseconds(int index, bool quantized, const Shape& shape, const Device& device) {
+  const Tile& tile = kTiles[index];
+  const Cost& cost = kCosts[index][quantized];
+  const double column_tiles = std::ceil(shape.weight_rows / tile.n);
+  const double row_tiles = RowTiles(shape.rows_per_expert, tile.m);
+  const double row_blocks = RowTiles(shape.rows_per_expert, 16);
+
+  // Blocks of a multiprocessor share it: alone, each runs faster, down to the 8 warps that the
+  // mainloop needs to hide its own latency.
+  const double resident = ResidentBlocks(index, quantized, device);
+  const double fitted = ResidentBlocks(index, quantized, kFittedOn);
+  const double warps = resident * tile.threads() / 32;
+  const double sharing = resident / fitted * std::max(1.0, 8.0 / warps);
+
+  const double steps = std::ceil(shape.k / tile.k);
+  const double tile_time =
+      sharing * (steps * (cost.step + cost.block * row_blocks / row_tiles) + cost.tile);
+  const double waves =
+      shape.experts * row_tiles * column_tiles / (device.multiprocessors * resident);
+  // Few waves end together; over many, blocks that finish early take what is left.
+  const double longest = std::max(1.0, waves < 4.0 ? std::ceil(waves) : waves + 0.5);
+  const double multiprocessors = static_cast<double>(device.multiprocessors);
+  const double bandwidth = cost.bandwidth * 1e6 * multiprocessors / kFittedOn.multiprocessors;
+
+  const double by_waves = longest * tile_time;
+  const double by_bytes = shape.bytes / bandwidth;
+  return std::sqrt(std::sqrt(std::pow(by_waves, 4) + std::pow(by_bytes, 4)));
+}
+
+}  // namespace
 
 int ResidentBlocks(int tile, bool quantized, const Device& device) {
   constexpr int kReserved = 1024;  // the driver takes 1 KiB of shared memory a block
@@ -18,13 +106,27 @@ int ResidentBlocks(int tile, bool quantized, const Device& device) {
 }
 
 int ChooseTile(const Problem& problem, bool gated, int columns, int k, const Device& device) {
-  const double experts = problem.num_local_experts;
-  const double slots = std::max(problem.expected_local_slots(), 1.0);
-  const double active = experts * (1.0 - std::pow(1.0 - 1.0 / experts, slots));
-  const double rows = slots / std::max(active, 1.0);
-  int best = rows <= 8 ? 1 : rows <= 22 ? 2 : rows <= 60 ? 3 : 6;
-  while (ResidentBlocks(best, problem.quantized(), device) == 0) --best;
-  return best;
+  Shape shape;
+  shape.experts = problem.num_local_experts;
+  shape.rows_per_expert = std::max(problem.expected_local_slots() / shape.experts, 1e-6);
+  shape.weight_rows = static_cast<double>(columns) * (gated ? 2 : 1);
+  shape.k = k;
+  const double touched = shape.experts * (1.0 - std::exp(-shape.rows_per_expert));
+  const double rows = shape.experts * shape.rows_per_expert;
+  shape.bytes = touched * shape.weight_rows * k * (problem.quantized() ? 1 : 2) +
+                rows * 2.0 * (k + columns);
+
+  int best = 0;
+  double best_time = INFINITY;
+  for (int tile = 0; tile < kNumTiles; ++tile) {
+    if (ResidentBlocks(tile, problem.quantized(), device) == 0) continue;
+    const double time = Microseconds(tile, problem.quantized(), shape, device);
+    if (time < best_time) {
+      best = tile;
+      best_time = time;
+    }
+  }
+  return best;  // where none fits the launch refuses, naming the tile and the limit
 }
 
 }  // namespace moe::sm80
