@@ -9,7 +9,7 @@
 // joined smoothly, since near the crossing each slows the other. How many row tiles an expert
 // needs is the expectation over Poisson-distributed rows: the host does not know the routing.
 //
-// The costs were fitted to 132 GEMM shapes an entry on an H200 (docs/measurements.md): they are
+// The costs were fitted to up to 168 timed GEMMs an entry on an H200 (docs/measurements.md): they are
 // microseconds of that chip's multiprocessors. Other chips enter by multiprocessors, resident
 // blocks and shared memory. That an A100 has about 0.6 of both the matrix rate and the bandwidth a
 // multiprocessor scales all times alike and leaves the choice where it is.
@@ -35,13 +35,13 @@ struct Cost {
 
 // By tile, then 16-bit and 8-bit weights.
 constexpr Cost kCosts[][2] = {
-    {{0.340, 0.089, 1.48, 4.16}, {0.487, 0.146, 2.34, 3.42}},  // 16x64x128
-    {{0.293, 0.074, 3.24, 4.10}, {0.342, 0.106, 2.83, 3.58}},  // 16x128x64
-    {{0.348, 0.043, 2.94, 4.13}, {0.001, 0.427, 3.34, 3.25}},  // 32x128x64
-    {{0.640, 0.044, 2.31, 4.01}, {0.648, 0.084, 2.73, 3.00}},  // 64x128x64
-    {{0.840, 0.001, 3.16, 4.01}, {1.073, 0.001, 3.56, 3.12}},  // 64x256x64
-    {{0.907, 0.063, 2.75, 4.16}, {1.613, 0.028, 3.20, 3.00}},  // 128x128x64
-    {{0.805, 0.070, 3.33, 4.01}, {1.471, 0.035, 3.17, 3.00}},  // 128x256x64
+    {{0.324, 0.101, 1.42, 4.27}, {0.537, 0.152, 1.91, 3.83}},  // 16x64x128
+    {{0.295, 0.103, 2.03, 4.17}, {0.392, 0.118, 2.39, 3.94}},  // 16x128x64
+    {{0.356, 0.055, 2.02, 4.21}, {0.001, 0.462, 2.85, 3.44}},  // 32x128x64
+    {{0.638, 0.035, 2.49, 4.15}, {0.641, 0.089, 2.61, 3.15}},  // 64x128x64
+    {{0.817, 0.001, 3.31, 4.09}, {1.065, 0.001, 3.43, 3.18}},  // 64x256x64
+    {{1.003, 0.041, 2.91, 4.60}, {1.598, 0.028, 3.23, 3.00}},  // 128x128x64
+    {{0.956, 0.045, 3.11, 4.60}, {1.503, 0.028, 3.09, 3.00}},  // 128x256x64
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
 
@@ -113,8 +113,8 @@ int ChooseTile(const Problem& problem, bool gated, int columns, int k, const Dev
   shape.k = k;
   const double touched = shape.experts * (1.0 - std::exp(-shape.rows_per_expert));
   const double rows = shape.experts * shape.rows_per_expert;
-  shape.bytes = touched * shape.weight_rows * k * (problem.quantized() ? 1 : 2) +
-                rows * 2.0 * (k + columns);
+  shape.bytes =
+      touched * shape.weight_rows * k * (problem.quantized() ? 1 : 2) + rows * 2.0 * (k + columns);
 
   int best = 0;
   double best_time = INFINITY;

@@ -42,12 +42,12 @@ namespace moe::sm80 {
 
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
-    GroupedGemmKernel(const __grid_constant__ GroupedGemm gemm) {
+    GroupedGemmKernel(const __grid_constant__ GroupedGemm gemm, const uint32_t weight_flip) {
   extern __shared__ __align__(128) char shared[];
 
   const Scheduler<T::kTile.m, T::kTileColumns> schedule(gemm);
   Loader<T> loader(gemm, schedule, static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
-  Mainloop<T> mainloop(shared, gemm.weight_format == WeightFormat::kUint8 ? 0x80808080u : 0u);
+  Mainloop<T> mainloop(shared, weight_flip);
 
 #pragma unroll 1
   for (int s = 0; s < T::kStages - 1; ++s) {
@@ -85,8 +85,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
       loader.Advance();
       stage = next;
     }
-    // Decoded again: four registers less in the loop above.
-    Epilogue<T>(gemm, schedule.Decode(work), acc);
+    // Decoded again, which the empty asm keeps the compiler from seeing: carrying the item through
+    // the loop would take registers that the widest tile does not have.
+    int32_t same = work;
+    asm volatile("" : "+r"(same));
+    Epilogue<T>(gemm, schedule.Decode(same), acc);
   }
 }
 
@@ -102,7 +105,8 @@ cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
   // The device counts them in 32 bits.
   if (work_items > 0x7fffffff) return cudaErrorInvalidConfiguration;
   const unsigned grid = static_cast<unsigned>(work_items < blocks ? work_items : blocks);
-  GroupedGemmKernel<T><<<grid, T::kThreads, T::kSharedMemory, stream>>>(gemm);
+  GroupedGemmKernel<T><<<grid, T::kThreads, T::kSharedMemory, stream>>>(
+      gemm, WeightFlip(gemm.dtype, gemm.weight_format));
   return cudaGetLastError();
 }
 

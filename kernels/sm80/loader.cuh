@@ -40,12 +40,10 @@ class Loader {
 
  public:
   __device__ Loader(const GroupedGemm& gemm, const Schedule& schedule, uint32_t shared)
-      : gemm_(gemm),
-        schedule_(schedule),
-        work_(blockIdx.x) {
+      : gemm_(gemm), schedule_(schedule), work_(blockIdx.x) {
     shared_a_ = shared + RowA() * T::kRowBytesA + (ChunkA() ^ SwizzleA<T>(RowA())) * 16;
-    shared_b_ = shared + RowB() * T::kRowBytesB +
-                (ChunkB() ^ LdmatrixSwizzle<T::kRowBytesB>(RowB())) * 16;
+    shared_b_ =
+        shared + RowB() * T::kRowBytesB + (ChunkB() ^ LdmatrixSwizzle<T::kRowBytesB>(RowB())) * 16;
     BeginTile();
   }
 
@@ -59,8 +57,7 @@ class Loader {
     const uint32_t to_b = (T::kQuantized ? shared_b_ : shared_a_) + stage + T::kBytesA;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsA; i += kParts) {
-      CopyAsync16(to_a + i * T::kRowStepA * T::kRowBytesA,
-                  a_ + k * twice_row_a_[i],
+      CopyAsync16(to_a + i * T::kRowStepA * T::kRowBytesA, a_ + k * twice_row_a_[i],
                   (copies_ & BitA(i)) != 0, ChunkA() * 8 < k_left_);
     }
 #pragma unroll
@@ -68,8 +65,7 @@ class Loader {
       constexpr int kBytes = T::kQuantized ? 1 : 2;
       const int n = i * T::kRowStepB;
       const uint32_t row = Columns::Column(n) + (Columns::IsGate(n) ? gemm_.columns : 0);
-      CopyAsync16(to_b + n * T::kRowBytesB, rows_ + k * (row * kBytes),
-                  (copies_ & BitB(i)) != 0,
+      CopyAsync16(to_b + n * T::kRowBytesB, rows_ + k * (row * kBytes), (copies_ & BitB(i)) != 0,
                   ChunkB() * (16 / kBytes) < k_left_);
     }
   }
@@ -127,15 +123,15 @@ class Loader {
     const int64_t expert_rows = static_cast<int64_t>(gemm_.columns) * Columns::kHalves;
     // Gate rows follow the up rows. The gate bit of a row's place in the tile is either in the
     // thread's own part of it, as here, or in the compile-time part, as in Issue().
-    const int64_t row = item.expert * expert_rows + column +
-                        (Columns::IsGate(RowB()) ? gemm_.columns : 0);
+    const int64_t row =
+        item.expert * expert_rows + column + (Columns::IsGate(RowB()) ? gemm_.columns : 0);
     rows_ = static_cast<const char*>(gemm_.weights) + row * row_bytes + ChunkB() * 16;
   }
 
   const GroupedGemm& gemm_;
   const Schedule& schedule_;
   int32_t work_;
-  int32_t k_left_;  // of the tile's k, from this step on: beyond it are zeros
+  int32_t k_left_;     // of the tile's k, from this step on: beyond it are zeros
   uint32_t shared_a_;  // where the thread's first chunk of each operand goes, in the first stage
   uint32_t shared_b_;
   uint32_t copies_;                   // which of the thread's copies the tile has

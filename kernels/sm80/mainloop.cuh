@@ -44,7 +44,7 @@ class Mainloop {
  public:
   using Accumulators = float[T::kMmaM][T::kMmaN][4];
 
-  // weight_flip: see DequantizeBytes.
+  // weight_flip: what WeightFlip gives.
   __device__ Mainloop(const char* shared, uint32_t weight_flip)
       : shared_(shared), weight_flip_(weight_flip) {
     const int lane = threadIdx.x % 32;
