@@ -106,8 +106,8 @@ def moe_py_test(name, srcs, deps = [], data = [], args = [], size = "medium", gp
     """Runs pytest on a file.
 
     `--test_filter=EXPRESSION` is pytest's -k, `shard_count` splits the cases, the JUnit XML goes
-    where Bazel wants it. A case marked `@pytest.mark.gpu` is skipped where there is no GPU; with
-    --config=gpu (MOE_REQUIRE_GPU=1) it fails there.
+    where Bazel wants it. With --config=gpu (MOE_REQUIRE_GPU=1) a case that is skipped for a reason
+    that names a GPU fails instead.
 
     Args:
       name: the target.
@@ -116,7 +116,8 @@ def moe_py_test(name, srcs, deps = [], data = [], args = [], size = "medium", gp
       data: files the tests read.
       args: further arguments of pytest.
       size: as everywhere.
-      gpu: whether cases use a GPU; such tests run one at a time.
+      gpu: whether cases use a GPU: such a test runs alone, and with --config=gpu it fails at once
+        where there is none.
       tags: as everywhere.
       **kwargs: passed to py_test.
     """
@@ -126,7 +127,7 @@ def moe_py_test(name, srcs, deps = [], data = [], args = [], size = "medium", gp
         name = name,
         size = size,
         srcs = srcs + [runner],
-        args = ["$(rootpath %s)" % collected] + args,
+        args = (["--gpu"] if gpu else []) + ["$(rootpath %s)" % collected] + args,
         data = data,
         main = runner,
         python_version = "PY3",

@@ -11,62 +11,60 @@ from collections.abc import Generator
 import pytest
 
 REQUIRE_GPU = os.environ.get("MOE_REQUIRE_GPU") == "1"
-
-
-def why_no_gpu() -> str:
-    """Returns why no test can use a GPU here, or the empty string if tests can."""
-    import torch  # only here: a test without GPU cases decides for itself when to pay for it
-
-    return "" if torch.cuda.is_available() else "no GPU: torch.cuda.is_available() is False"
+SHARDS = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
 
 
 class BazelPlugin:
-    """Sharding, and the rule for cases that need a GPU."""
-
-    def pytest_configure(self, config: pytest.Config) -> None:
-        """Registers the `gpu` marker."""
-        config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+    """Sharding, and failures for want of a GPU where one is required."""
 
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
-        """Keeps this shard's cases; skips those marked `gpu` where PyTorch sees no GPU."""
-        shards = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
-        if shards > 1:
-            pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()
-            mine = int(os.environ["TEST_SHARD_INDEX"])
-            others = [item for index, item in enumerate(items) if index % shards != mine]
-            config.hook.pytest_deselected(items=others)
-            items[:] = items[mine::shards]
-        marked = [item for item in items if item.get_closest_marker("gpu") is not None]
-        if marked and (reason := why_no_gpu()):
-            for item in marked:
-                item.add_marker(pytest.mark.skip(reason=reason))
+        """Keeps this shard's cases."""
+        if SHARDS == 1:
+            return
+        pathlib.Path(os.environ["TEST_SHARD_STATUS_FILE"]).touch()
+        mine = int(os.environ["TEST_SHARD_INDEX"])
+        others = [item for index, item in enumerate(items) if index % SHARDS != mine]
+        config.hook.pytest_deselected(items=others)
+        items[:] = items[mine::SHARDS]
 
     @pytest.hookimpl(hookwrapper=True)
     def pytest_runtest_makereport(self, item: pytest.Item) -> Generator[None, object, None]:
-        """Makes a skip for want of a GPU a failure where MOE_REQUIRE_GPU=1 demands one."""
+        """Makes a skip that names a GPU as its reason a failure where MOE_REQUIRE_GPU=1."""
         outcome = yield
         report = outcome.get_result()  # type: ignore[attr-defined]
         if not (REQUIRE_GPU and report.skipped) or hasattr(report, "wasxfail"):
             return
         reason = report.longrepr[-1] if isinstance(report.longrepr, tuple) else report.longrepr
-        if item.get_closest_marker("gpu") is not None or "GPU" in str(reason):
+        if "GPU" in str(reason):
             report.outcome = "failed"
             report.longrepr = f"MOE_REQUIRE_GPU=1, yet {reason}"
 
 
+def has_gpu() -> bool:
+    """Whether PyTorch sees a GPU."""
+    import torch  # only here: a test without GPU cases decides for itself when to pay for it
+
+    return torch.cuda.is_available()
+
+
 def main() -> int:
     """Runs pytest with Bazel's filter, shard and report file."""
+    own = sys.argv[1:]
+    if "--gpu" in own:
+        own.remove("--gpu")
+        if REQUIRE_GPU and not has_gpu():  # said once, not for each of a thousand cases
+            print("MOE_REQUIRE_GPU=1 (--config=gpu), yet torch.cuda.is_available() is False")
+            return 1
     arguments = ["-q", "-ra", "--color=no", "-p", "no:cacheprovider", "--import-mode=importlib"]
     arguments += ["-o", "junit_family=xunit2", "-o", "junit_logging=no"]
     if report := os.environ.get("XML_OUTPUT_FILE"):
         arguments += ["--junitxml", report]
     if expression := os.environ.get("TESTBRIDGE_TEST_ONLY"):
         arguments += ["-k", expression]
-    status = pytest.main([*arguments, *sys.argv[1:]], plugins=[BazelPlugin()])
-    sharded = int(os.environ.get("TEST_TOTAL_SHARDS", "1")) > 1
-    if status == pytest.ExitCode.NO_TESTS_COLLECTED and sharded:
+    status = pytest.main([*arguments, *own], plugins=[BazelPlugin()])
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED and SHARDS > 1:
         return 0  # more shards than cases
     return int(status)
 
