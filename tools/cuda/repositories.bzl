@@ -1,9 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repository rules for the CUDA toolkit and CUTLASS."""
 
-load("//tools/python:repositories.bzl", "HERE", "fetch_wheels", "find_python")
-
-_ENVIRONMENT = ["MOE_CUDA_TOOLKIT", "MOE_PYTHON", "PATH"]
+load("//tools/python:repositories.bzl", "HERE", "PYTHON_ATTRIBUTE", "fetch_wheels", "read_python")
 
 # For reproducible objects; not every nvcc since 11.8 has them.
 _WANTED_OPTIONS = ["--frandom-seed", "--objdir-as-tempdir"]
@@ -128,7 +126,7 @@ def _cuda_toolkit_impl(repository_ctx):
     if root:
         toolkit = _installed_toolkit(repository_ctx, root.rstrip("/") or "/")
     else:
-        toolkit = _wheel_toolkit(repository_ctx, find_python(repository_ctx))
+        toolkit = _wheel_toolkit(repository_ctx, read_python(repository_ctx))
     repository_ctx.symlink(toolkit.archive, "lib/libcudart_static.a")
     if toolkit.headers:
         repository_ctx.symlink(toolkit.headers, "host_include")
@@ -154,9 +152,10 @@ cuda_toolkit = repository_rule(
     attrs = {
         "lock": attr.label(mandatory = True, doc = "Lock file of the toolkit's wheels."),
         "_fetch": attr.label(default = Label("//tools/python:fetch.py")),
+        "_python": PYTHON_ATTRIBUTE,
     },
     doc = """The CUDA toolkit: locked wheels, or with MOE_CUDA_TOOLKIT=/path an installed one.""",
-    environ = _ENVIRONMENT,
+    environ = ["MOE_CUDA_TOOLKIT"],
 )
 
 _CUTLASS_BUILD = """\
@@ -171,7 +170,7 @@ cc_library(
 """
 
 def _cutlass_headers_impl(repository_ctx):
-    fetch_wheels(repository_ctx, find_python(repository_ctx), "wheel", ["--any-python"])
+    fetch_wheels(repository_ctx, read_python(repository_ctx), "wheel", ["--any-python"])
     repository_ctx.symlink("wheel/cutlass_library/source/include", "include")
     repository_ctx.file("BUILD.bazel", _CUTLASS_BUILD)
 
@@ -180,7 +179,7 @@ cutlass_headers = repository_rule(
     attrs = {
         "lock": attr.label(mandatory = True, doc = "Lock file of the CUTLASS wheel."),
         "_fetch": attr.label(default = Label("//tools/python:fetch.py")),
+        "_python": PYTHON_ATTRIBUTE,
     },
     doc = "CUTLASS's and CuTe's headers, from the locked wheel.",
-    environ = ["MOE_PYTHON", "PATH"],
 )

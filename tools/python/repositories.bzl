@@ -4,8 +4,6 @@
 # This repository, whatever the workspace that uses it calls it.
 HERE = "@" + (Label("//:BUILD.bazel").workspace_name or "fused_moe")
 
-_ENVIRONMENT = ["MOE_PYTHON", "PATH"]
-
 _DESCRIBE = """
 import json, os, sys, sysconfig
 include = sysconfig.get_paths()["include"]
@@ -42,9 +40,7 @@ toolchain(
     toolchain = ":runtime_pair",
     toolchain_type = "@bazel_tools//tools/python:toolchain_type",
 )
-"""
 
-_HEADERS = """
 cc_library(
     name = "headers",
     hdrs = glob(["include/**/*.h"]),
@@ -53,55 +49,47 @@ cc_library(
 )
 """
 
-_NO_HEADERS = """
-load("{here}//tools/python/private:missing.bzl", "missing")
-
-missing(
-    name = "headers",
-    reason = "{interpreter} has no headers (Python.h); Debian: apt install python3-dev",
-)
-"""
-
-def find_python(repository_ctx):
-    """Returns what the build needs to know of the interpreter.
-
-    It is $MOE_PYTHON, or the first python3 on PATH.
-
-    Args:
-      repository_ctx: the repository rule's context; its environ must hold MOE_PYTHON and PATH.
-
-    Returns:
-      A struct of strings: interpreter (absolute path), include ("" without headers), suffix (of
-      extension modules), version ("3.11").
-    """
+def _python_interpreter_impl(repository_ctx):
     command = repository_ctx.os.environ.get("MOE_PYTHON") or repository_ctx.which("python3")
     if not command:
         fail("fused_moe: no python3 on PATH; install Python 3.10 or newer, or set MOE_PYTHON")
     result = repository_ctx.execute([command, "-c", _DESCRIBE])
     if result.return_code != 0:
         fail("fused_moe: %s does not run: %s" % (command, result.stderr))
-    return struct(**json.decode(result.stdout))
-
-def _python_interpreter_impl(repository_ctx):
-    python = find_python(repository_ctx)
-    build = _INTERPRETER_BUILD
-    if python.include:
-        repository_ctx.symlink(python.include, "include")
-        build += _HEADERS
-    else:
-        build += _NO_HEADERS
-    repository_ctx.file("BUILD.bazel", build.format(
-        here = HERE,
-        interpreter = python.interpreter,
-    ))
+    python = struct(**json.decode(result.stdout))
+    if not python.include:
+        fail("fused_moe: %s has no headers (Python.h); Debian: apt install python3-dev" %
+             python.interpreter)
+    repository_ctx.symlink(python.include, "include")
+    repository_ctx.file(
+        "BUILD.bazel",
+        _INTERPRETER_BUILD.format(interpreter = python.interpreter),
+    )
+    repository_ctx.file("python.json", result.stdout)
     repository_ctx.file("python.bzl", "EXTENSION_SUFFIX = \"%s\"\n" % python.suffix)
 
 python_interpreter = repository_rule(
     implementation = _python_interpreter_impl,
     doc = "The machine's Python: toolchain, headers, and the suffix of extension modules.",
-    environ = _ENVIRONMENT,
+    environ = ["MOE_PYTHON", "PATH"],
     local = True,
 )
+
+# For rules that run the interpreter. They depend on this file, not on PATH, most changes of which
+# lead to the same interpreter: nothing is downloaded anew for those.
+PYTHON_ATTRIBUTE = attr.label(default = Label("@fused_moe_python//:python.json"))
+
+def read_python(repository_ctx):
+    """Returns what the build needs to know of the interpreter.
+
+    Args:
+      repository_ctx: the context of a repository rule with `_python`, a PYTHON_ATTRIBUTE.
+
+    Returns:
+      A struct of strings: interpreter (absolute path), include, suffix (of extension modules),
+      version ("3.11").
+    """
+    return struct(**json.decode(repository_ctx.read(repository_ctx.attr._python)))
 
 _PACKAGES_BUILD = """\
 load("@rules_cc//cc:defs.bzl", "cc_library")
@@ -136,7 +124,7 @@ _MISSING = """
 missing(
     name = "{name}",
     reason = "{interpreter} has no package {name}, and MOE_PYTHON_PACKAGES=system says to " +
-             "take it from there",
+             "take it from there. Once it is installed: bazel sync --only={repository}",
 )
 """
 
@@ -160,7 +148,7 @@ def fetch_wheels(repository_ctx, python, destination, flags):
 
     Args:
       repository_ctx: the repository rule's context, with the attributes `lock` and `_fetch`.
-      python: find_python's answer.
+      python: read_python's answer.
       destination: folder in the repository.
       flags: further arguments of fetch.py.
     """
@@ -183,7 +171,7 @@ def fetch_wheels(repository_ctx, python, destination, flags):
     repository_ctx.delete(destination + "/.keep")
 
 def _python_packages_impl(repository_ctx):
-    python = find_python(repository_ctx)
+    python = read_python(repository_ctx)
     choice = repository_ctx.os.environ.get("MOE_PYTHON_PACKAGES") or "locked"
     if choice not in ("locked", "system"):
         fail("MOE_PYTHON_PACKAGES is %r; it must be 'locked' (or unset) or 'system'" % choice)
@@ -206,7 +194,11 @@ def _python_packages_impl(repository_ctx):
         found = json.decode(result.stdout)
         for name, module in modules.items():
             text = _SYSTEM_PACKAGE if module in found else _MISSING
-            build += text.format(name = name, interpreter = python.interpreter)
+            build += text.format(
+                name = name,
+                interpreter = python.interpreter,
+                repository = repository_ctx.name,
+            )
         if "pybind11" in found:
             pybind11 = repository_ctx.path(found["pybind11"]).dirname.get_child("include")
     if "pybind11" in modules:
@@ -214,7 +206,11 @@ def _python_packages_impl(repository_ctx):
             repository_ctx.symlink(pybind11, "pybind11_include")
             build += _PYBIND11
         else:
-            build += _MISSING.format(name = "headers", interpreter = python.interpreter)
+            build += _MISSING.format(
+                name = "headers",
+                interpreter = python.interpreter,
+                repository = repository_ctx.name,
+            )
     for name, actual in repository_ctx.attr.aliases.items():
         build += _ALIAS.format(name = name, actual = actual)
     repository_ctx.file("BUILD.bazel", build)
@@ -227,11 +223,12 @@ python_packages = repository_rule(
         "lock": attr.label(mandatory = True, doc = "Lock file; see lock.py."),
         "modules": attr.string_dict(doc = "Target to the module it makes importable."),
         "_fetch": attr.label(default = Label("//tools/python:fetch.py")),
+        "_python": PYTHON_ATTRIBUTE,
     },
     doc = """A lock's packages, as one site-packages tree behind one target a package.
 
 With MOE_PYTHON_PACKAGES=system nothing is downloaded: the targets stand for the interpreter's own
 packages, and one that it lacks fails, by name, when something depends on it.
 """,
-    environ = _ENVIRONMENT + ["MOE_PYTHON_PACKAGES"],
+    environ = ["MOE_PYTHON_PACKAGES"],
 )
