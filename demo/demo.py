@@ -26,6 +26,7 @@ from fused_moe import (
     quantize_int8,
     topk_softmax,
 )
+from fused_moe.backends import choose
 from fused_moe.models import MODELS, ModelShape
 from fused_moe.reference import reference_moe
 
@@ -199,7 +200,7 @@ def main(argv: list[str]) -> None:
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()}"
     where += "" if device.type == "cuda" else " CPU threads"
-    chosen = backend or ("cpu" if device.type == "cpu" else "the GPU's own")
+    chosen = choose(backend, device)
     weights = _DTYPE.value if _WEIGHTS.value == "same" else _WEIGHTS.value
     operations = 2 * tokens * top_k * hidden * inter * (3 if layer.activation.is_gated else 2)
     print(f"model      {_MODEL.value}, hidden and intermediate sizes divided by {scale}")

@@ -3,6 +3,7 @@
 #include "moe/layer.h"
 
 #include <limits>
+#include <mutex>
 #include <stdexcept>
 #include <string>
 
@@ -23,6 +24,12 @@ int32_t DeviceAttribute(cudaDeviceAttr attribute, int device) {
   int value = 0;
   Check(cudaDeviceGetAttribute(&value, attribute, device), "reading a device attribute");
   return value;
+}
+
+Device AskDevice(int device) {
+  return {DeviceAttribute(cudaDevAttrMultiProcessorCount, device),
+          DeviceAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
+          DeviceAttribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }
 
 void CheckTactic(const Backend& backend, int32_t tactic, const std::vector<Tactic>& tactics,
@@ -46,9 +53,13 @@ void CheckTactic(const Backend& backend, int32_t tactic, const std::vector<Tacti
 Device CurrentDevice() {
   int device = 0;
   Check(cudaGetDevice(&device), "finding the current device");
-  return {DeviceAttribute(cudaDevAttrMultiProcessorCount, device),
-          DeviceAttribute(cudaDevAttrMaxSharedMemoryPerBlockOptin, device),
-          DeviceAttribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
+  // Asking the runtime takes longer than a tactic choice, and the answers never change.
+  constexpr int kRemembered = 64;
+  static std::once_flag asked[kRemembered];
+  static Device remembered[kRemembered];
+  if (device >= kRemembered) return AskDevice(device);
+  std::call_once(asked[device], [&] { remembered[device] = AskDevice(device); });
+  return remembered[device];
 }
 
 void RunLayer(const Backend& backend, const Problem& problem, const LayerArguments& arguments,

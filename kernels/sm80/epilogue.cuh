@@ -58,10 +58,9 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
   using Columns = typename T::Columns;
   constexpr int kVector = Columns::kVector;
   const int lane = threadIdx.x % 32;
-  const int warp = threadIdx.x / 32;
-  const int first_row = warp / T::kTile.warps_n * T::kWarpM + lane / 4;
-  const int first_column =
-      item.column + warp % T::kTile.warps_n * Columns::kWarpColumns + lane % 4 * kVector;
+  const WarpPlace warp = GetWarpPlace<T>();
+  const int first_row = warp.m * 16 + lane / 4;
+  const int first_column = item.column + warp.n * Columns::kWarpColumns + lane % 4 * kVector;
 
   float row_scale[T::kMmaM][2];
 #pragma unroll
@@ -69,7 +68,7 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
 #pragma unroll
     for (int half = 0; half < 2; ++half) {
       row_scale[m][half] = 1.0f;
-      const int row = first_row + m * 16 + half * 8;
+      const int row = first_row + m * kRowBlockStep<T> + half * 8;
       if (gemm.slot_scales != nullptr && row < item.rows) {
         row_scale[m][half] = __ldg(gemm.slot_scales + __ldg(gemm.row_slot + item.row_begin + row));
       }
@@ -94,7 +93,7 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
       for (int m = 0; m < T::kMmaM; ++m) {
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          const int row = first_row + m * 16 + half * 8;
+          const int row = first_row + m * kRowBlockStep<T> + half * 8;
           if (row >= item.rows) continue;
           float value[kVector];
 #pragma unroll

@@ -13,7 +13,7 @@
 //                      half of them up rows, half the gate rows of the same outputs
 //                      +--------------------+
 //                      |    B [n][k]        |     a stage: A [m][k] and B [n][k] for 64 or
-//     gathered         +--------------------+     128 values of k, swizzled; 3 to 6 stages
+//     gathered         +--------------------+     128 values of k, swizzled; 3 or 4 stages
 //     rows of A        +--------------------+
 //     +--------+       | warp | warp | ...  |     each warp: kMmaM x kMmaN mma.m16n8k16
 //     | [m][k] |       +------+------+      |     accumulators in registers, float32
@@ -29,6 +29,7 @@
 // (kStages - 1) stages of the resident blocks do. Many rows: the issue rate of mma.sync; a
 // 64x64 warp tile reads 4 KiB of shared memory for 32 mmas, half of what the banks can give.
 
+#include <atomic>
 #include <cute/arch/copy_sm80.hpp>
 
 #include "kernels/sm80/epilogue.cuh"
@@ -65,11 +66,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
   constexpr int kLastStage = (T::kStages - 1) * T::kStageBytes;
   int stage = 0;  // byte offset of the stage to multiply
   for (int32_t work = blockIdx.x; work < schedule.work_items; work += gridDim.x) {
-    int active = 1;  // 16-row blocks of this warp that hold rows
-    if constexpr (T::kMmaM > 1) {
-      const int rows = schedule.Decode(work).rows - GetWarpPlace<T>().m * T::kWarpM;
-      active = min(T::kMmaM, max(0, (rows + 15) / 16));
-    }
+    const int active = ActiveRowBlocks<T>(schedule.Decode(work).rows, GetWarpPlace<T>().m);
     typename Mainloop<T>::Accumulators acc = {};
     for (int k_left = gemm.k; k_left > 0; k_left -= T::kTile.k) {
       const int next = stage == kLastStage ? 0 : stage + T::kStageBytes;
@@ -95,10 +92,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
 
 namespace {
 
+// Raises the kernel's limit of dynamic shared memory, once a device: the runtime takes a
+// microsecond for it. That threads may do so at the same time is harmless.
+template <typename T>
+cudaError_t AllowSharedMemory() {
+  static std::atomic<uint64_t> allowed = 0;  // a bit a device
+  int device = 0;
+  cudaError_t status = cudaGetDevice(&device);
+  const uint64_t bit = uint64_t{1} << (device % 64);
+  if (status != cudaSuccess || (device < 64 && (allowed.load() & bit) != 0)) return status;
+  status = cudaFuncSetAttribute(GroupedGemmKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
+                                T::kSharedMemory);
+  if (status == cudaSuccess) allowed.fetch_or(bit);
+  return status;
+}
+
 template <typename T>
 cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
-  const cudaError_t status = cudaFuncSetAttribute(
-      GroupedGemmKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize, T::kSharedMemory);
+  const cudaError_t status = AllowSharedMemory<T>();
   if (status != cudaSuccess) return status;
   const int64_t column_tiles = (gemm.columns + T::kTileColumns - 1) / T::kTileColumns;
   const int64_t work_items = gemm.max_row_tiles * column_tiles;

@@ -49,7 +49,7 @@ class Mainloop {
       : shared_(shared), weight_flip_(weight_flip) {
     const int lane = threadIdx.x % 32;
     const WarpPlace warp = GetWarpPlace<T>();
-    const int first_row = warp.m * T::kWarpM;
+    const int first_row = warp.m * 16;
     const int first_column = warp.n * T::kWarpN;
     if constexpr (T::kQuantized) {
       // 8-byte loads: lane = 4 * row + quad.
@@ -73,50 +73,49 @@ class Mainloop {
   }
 
   // Loads the first fragments of the first stage, once it is there.
-  __device__ void Prime() { Load<true>(shared_, 0, T::kMmaM, fragments_[0]); }
+  __device__ void Prime() { Load<T::kMmaM>(shared_, 0, fragments_[0]); }
 
   // Multiplies the stage at byte offset `stage`. `active` is how many of the warp's 16-row blocks
   // hold rows. Fragments are loaded one k16 step ahead, across stages too:
   //   issue(step)  is called for every step but the last, to start copies between the mmas;
   //   publish()    before the last step's mmas: must return once the stage at `next` is there.
   // All reads of `stage` are then behind the barrier in publish(), which is what frees it.
-  template <typename Issue, typename Publish>
+  //
+  // Partly filled tiles skip the empty 16-row blocks, by straight code for each number of them: a
+  // condition at each ldmatrix and mma made a tile with few rows as slow as a full one.
+  template <int kActive = T::kMmaM, typename Issue, typename Publish>
   __device__ void Run(int stage, int next, int active, Accumulators& acc, Issue&& issue,
                       Publish&& publish) {
-    // Partly filled tiles skip the empty 16-row blocks. They take a path of their own, so that
-    // full tiles keep a loop without branches.
-    if (active == T::kMmaM) {
-      Steps<true, 0>(shared_ + stage, shared_ + next, active, acc, issue, publish);
-    } else {
-      Steps<false, 0>(shared_ + stage, shared_ + next, active, acc, issue, publish);
+    if constexpr (kActive > 0) {
+      if (active < kActive) return Run<kActive - 1>(stage, next, active, acc, issue, publish);
     }
+    Steps<kActive, 0>(shared_ + stage, shared_ + next, acc, issue, publish);
   }
 
  private:
-  template <bool kFull, int kStep, typename Issue, typename Publish>
-  __device__ void Steps(const char* stage, const char* next, int active, Accumulators& acc,
-                        Issue& issue, Publish& publish) {
+  template <int kActive, int kStep, typename Issue, typename Publish>
+  __device__ void Steps(const char* stage, const char* next, Accumulators& acc, Issue& issue,
+                        Publish& publish) {
     static_assert(T::kMmaK % 2 == 0, "each stage begins with the same one of two fragments");
     if constexpr (kStep < T::kMmaK) {
       Fragments<T>& ahead = fragments_[(kStep + 1) % 2];
       if constexpr (kStep + 1 < T::kMmaK) {
-        Load<kFull>(stage, kStep + 1, active, ahead);
+        if constexpr (kActive > 0) Load<kActive>(stage, kStep + 1, ahead);
         issue(std::integral_constant<int, kStep>{});
       } else {
         publish();
-        Load<true>(next, 0, T::kMmaM, ahead);  // of the next tile, perhaps: all its rows
+        Load<T::kMmaM>(next, 0, ahead);  // of the next tile, perhaps: all its rows
       }
-      Multiply<kFull>(active, fragments_[kStep % 2], acc);
-      Steps<kFull, kStep + 1>(stage, next, active, acc, issue, publish);
+      if constexpr (kActive > 0) Multiply<kActive>(fragments_[kStep % 2], acc);
+      Steps<kActive, kStep + 1>(stage, next, acc, issue, publish);
     }
   }
 
-  template <bool kFull>
-  __device__ void Load(const char* base, int step, int active, Fragments<T>& f) const {
+  template <int kActive>
+  __device__ void Load(const char* base, int step, Fragments<T>& f) const {
 #pragma unroll
-    for (int m = 0; m < T::kMmaM; ++m) {
-      if (!kFull && m >= active) continue;
-      const char* block = base + offset_a_ + m * 16 * T::kRowBytesA;
+    for (int m = 0; m < kActive; ++m) {
+      const char* block = base + offset_a_ + m * kRowBlockStep<T> * T::kRowBytesA;
       if constexpr (T::kQuantized) {
         const char* p = block + (step * 32 ^ swizzle_a_);
         const uint2 upper = *reinterpret_cast<const uint2*>(p);
@@ -156,8 +155,8 @@ class Mainloop {
     }
   }
 
-  template <bool kFull>
-  __device__ void Multiply(int active, const Fragments<T>& f, Accumulators& acc) const {
+  template <int kActive>
+  __device__ void Multiply(const Fragments<T>& f, Accumulators& acc) const {
 #pragma unroll
     for (int n = 0; n < T::kMmaN; ++n) {
       uint32_t b[2];
@@ -168,8 +167,7 @@ class Mainloop {
         b[1] = f.b[n][1];
       }
 #pragma unroll
-      for (int m = 0; m < T::kMmaM; ++m) {
-        if (!kFull && m >= active) continue;
+      for (int m = 0; m < kActive; ++m) {
         float(&c)[4] = acc[m][n];
         Mma<typename T::Element>::fma(c[0], c[1], c[2], c[3], f.a[m][0], f.a[m][1], f.a[m][2],
                                       f.a[m][3], b[0], b[1], c[0], c[1], c[2], c[3]);

@@ -102,6 +102,20 @@ __device__ constexpr int SwizzleA(int row) {
   return T::kQuantized ? PairSwizzle(row) : LdmatrixSwizzle<T::kRowBytesA>(row);
 }
 
+// The 16-row blocks of a tile go round among the warps along m, so that those of a partly filled
+// tile keep all of them busy: the rows of a warp's block m begin at this multiple of 16 rows, its
+// first block's at warp.m * 16.
+template <typename T>
+inline constexpr int kRowBlockStep = T::kTile.warps_m * 16;
+
+// How many 16-row blocks of a warp hold any of a tile's rows.
+template <typename T>
+__device__ inline int ActiveRowBlocks(int rows, int warp_m) {
+  return T::kMmaM == 1 && T::kTile.warps_m == 1
+             ? 1
+             : max(0, (rows - warp_m * 16 + kRowBlockStep<T> - 1) / kRowBlockStep<T>);
+}
+
 // The warp's place in the tile. The shuffle tells the compiler that all lanes agree on it.
 struct WarpPlace {
   int m;
