@@ -7,18 +7,40 @@ tensors play the part of those on a device.
 
 from __future__ import annotations
 
+import ast
 import contextlib
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 
+import fused_moe
 from cpu_layer import make_layer
-from fused_moe import _extension, arguments, backends, cuda, cutlass_fused_moe
+from fused_moe import _extension, arguments, backends, cuda, cutlass_fused_moe, execute
 from fused_moe import cutlass_fused_moe_workspace_size as workspace_size
+from fused_moe.signature import Signature
 
 WORKSPACE_BYTES = 4096
+
+
+def run_arguments() -> tuple[str, ...]:
+    """The names of `_C.run`'s arguments, in order, as its stub declares them."""
+    text = (pathlib.Path(fused_moe.__file__).parent / "_C.pyi").read_text()
+    (run,) = (node for node in ast.parse(text).body if getattr(node, "name", "") == "run")
+    assert isinstance(run, ast.FunctionDef) and not run.args.kwonlyargs
+    return tuple(argument.arg for argument in run.args.args)
+
+
+RUN_ARGUMENTS = run_arguments()
+
+
+def empty_strided(
+    shape: tuple[int, ...], strides: tuple[int, ...], dtype: torch.dtype
+) -> torch.Tensor:
+    """Memory of the CPU in place of the current device's."""
+    return torch.empty_strided(shape, strides, dtype=dtype)
 
 
 class Extension:
@@ -39,8 +61,8 @@ class Extension:
         assert backend == "sm80"
         return WORKSPACE_BYTES
 
-    def run(self, backend: str, problem: dict[str, int], **values: Any) -> None:
-        self.runs.append({"backend": backend, "problem": problem, **values})
+    def run(self, *values: Any) -> None:
+        self.runs.append(dict(zip(RUN_ARGUMENTS, values, strict=False)))
 
 
 @pytest.fixture
@@ -49,10 +71,10 @@ def extension(monkeypatch: pytest.MonkeyPatch) -> Iterator[Extension]:
     monkeypatch.setattr(_extension, "C", stand_in)
     monkeypatch.setattr(backends, "check_device", lambda backend, device: None)
     monkeypatch.setattr(cuda, "_raw_stream", lambda index: 77)
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: None)  # as CPU tensors' index
-    arguments.check_call_cached.cache_clear()
+    monkeypatch.setattr(cuda, "_current_device", lambda: None)  # as CPU tensors' index
+    monkeypatch.setattr(cuda, "_empty_strided", empty_strided)
+    monkeypatch.setattr(execute, "_passed", {})
     yield stand_in
-    arguments.check_call_cached.cache_clear()
 
 
 def addresses_of(layer: dict[str, Any]) -> dict[str, int]:
@@ -171,20 +193,46 @@ def test_the_device_is_made_current(extension: Extension, monkeypatch: pytest.Mo
         yield
         current[0] = before
 
-    monkeypatch.setattr(torch.cuda, "current_device", lambda: current[0])
+    monkeypatch.setattr(cuda, "_current_device", lambda: current[0])
     monkeypatch.setattr(torch.cuda, "device", device)
     cutlass_fused_moe(**make_layer(), backend="sm80")
     assert entered == [None] and len(extension.runs) == 1 and current == [1]
 
 
-def test_checks_run_once_for_each_signature(extension: Extension) -> None:
+def test_checks_run_once_for_each_signature(
+    extension: Extension, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checked: list[object] = []
+
+    def check(signature: Signature) -> arguments.MoeCall:
+        checked.append(signature)
+        return arguments.check_call(signature)
+
+    monkeypatch.setattr(execute, "check_call", check)
+    monkeypatch.setattr(execute, "_MOST_PASSED", 2)
+    for tokens in (13, 14):
+        for _ in range(5):
+            cutlass_fused_moe(**make_layer(tokens=tokens), backend="sm80")
+    assert len(checked) == 2, "each call would pay for all the checks"
+    cutlass_fused_moe(**make_layer(tokens=15), backend="sm80")
+    assert len(checked) == 3 and len(execute._passed) <= 2, "memory would grow with every M"
+    assert len(extension.runs) == 11
+
+
+@pytest.mark.parametrize(
+    "name", ["input", "token_selected_experts", "token_final_scales", "fc1_expert_weights"]
+)
+def test_checks_are_not_skipped_by_a_like_call(extension: Extension, name: str) -> None:
     layer = make_layer()
-    for _ in range(5):
-        cutlass_fused_moe(**layer, backend="sm80")
-    info = arguments.check_call_cached.cache_info()
-    assert (info.misses, info.hits) == (1, 4), "each call would pay for all the checks"
-    cutlass_fused_moe(**make_layer(tokens=14), backend="sm80")
-    assert arguments.check_call_cached.cache_info().misses == 2
+    cutlass_fused_moe(**layer, backend="sm80")
+    good = layer[name]
+    for bad, words in (
+        (torch.stack([good, good], dim=-1)[..., 0], f"{name} is not contiguous"),
+        (good.to("meta"), "is on .*meta"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            cutlass_fused_moe(**{**layer, name: bad}, backend="sm80")
+    assert len(extension.runs) == 1
 
 
 def test_workspace_query_describes_the_same_problem(

@@ -8,14 +8,13 @@ must be and, where that is not plain, what to do.
 from __future__ import annotations
 
 import dataclasses
-import functools
 from typing import Any
 
 import torch
 
 from fused_moe import _extension, backends, refusals, shapes
 from fused_moe.activation import ActivationType
-from fused_moe.signature import Signature, from_plain
+from fused_moe.signature import Signature
 
 # How dtypes and formats of weights are coded for the extension.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
@@ -57,11 +56,11 @@ class MoeCall:
     nbytes: dict[str, int]
 
 
-def check_call(key: tuple[Any, ...]) -> MoeCall:
+def check_call(s: Signature) -> MoeCall:
     """Checks a call.
 
     Args:
-        key: the fields of a `Signature`, tensors as plain tuples.
+        s: what it is made of, apart from addresses and contents.
 
     Raises:
         TypeError: a value of the wrong Python type.
@@ -69,7 +68,6 @@ def check_call(key: tuple[Any, ...]) -> MoeCall:
         NotImplementedError: a mode the backend does not have.
         RuntimeError: the backend is not in this build.
     """
-    s = from_plain(key)
     _check_python_types(s)
     backend = backends.choose(s.backend, s.input.device)
     refusals.check(
@@ -122,10 +120,6 @@ def check_call(key: tuple[Any, ...]) -> MoeCall:
         nbytes={name: meta.nbytes for name, meta in s.tensors().items()},
         **sizes,
     )
-
-
-# Signatures repeat: a serving process has a few hundred. A bound, because M may vary freely.
-check_call_cached = functools.lru_cache(maxsize=4096)(check_call)
 
 
 def plan_problem(

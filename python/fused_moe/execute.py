@@ -2,34 +2,25 @@
 """One call, from arguments to launch. Written for speed: it runs at every layer of a model.
 
 The checks that depend on shapes, dtypes, devices and flags only are looked up by those; what
-is left for each call is to read the addresses and look at their alignment.
+is left for each call is to read the addresses and look at their alignment. Hence the plain
+code: a function call, a tuple or a name of an argument costs more here than what it says.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 
 from fused_moe import cpu, cuda, shapes
-from fused_moe.arguments import MoeCall, check_call, check_call_cached
-from fused_moe.signature import describe, reject_non_tensors
+from fused_moe.arguments import MoeCall, check_call
+from fused_moe.signature import describe, sign
 
-_REQUIRED = frozenset(
-    {"input", "token_selected_experts", "fc1_expert_weights", "fc2_expert_weights"}
-)
-_TENSORS = _REQUIRED | {
-    "token_final_scales",
-    "quant_scales",
-    "fc1_expert_biases",
-    "fc2_expert_biases",
-    "input_sf",
-    "swiglu_alpha",
-    "swiglu_beta",
-    "swiglu_limit",
-    "output",
-    "workspace_buffer",
-}
+# The calls that passed their checks. Signatures repeat: a serving process has a few hundred. A
+# bound, because M may vary freely.
+_passed: dict[tuple[Any, ...], MoeCall] = {}
+_MOST_PASSED = 4096
 
 
 def execute(
@@ -65,21 +56,38 @@ def execute(
 ) -> torch.Tensor:
     """Checks and runs a call; the arguments are those of `cutlass_fused_moe`."""
     try:
+        device = input.device
+        # What every good call has in common is not in the key. All other calls are checked in
+        # full, whether a like one passed or not.
+        usual = (
+            input.is_contiguous()
+            and token_selected_experts.is_contiguous()
+            and fc1_expert_weights.is_contiguous()
+            and fc2_expert_weights.is_contiguous()
+            and token_selected_experts.device == device
+            and fc1_expert_weights.device == device
+            and fc2_expert_weights.device == device
+            and input_sf is None
+        )
         key = (
-            describe(input),
-            describe(token_selected_experts),
-            describe(token_final_scales),
-            describe(fc1_expert_weights),
-            describe(fc2_expert_weights),
+            device,
+            input.shape,
+            input.dtype,
+            token_selected_experts.shape,
+            token_selected_experts.dtype,
+            fc1_expert_weights.shape,
+            fc1_expert_weights.dtype,
+            fc2_expert_weights.shape,
+            fc2_expert_weights.dtype,
+            None if token_final_scales is None else describe(token_final_scales),
             tuple([describe(scale) for scale in quant_scales]) if quant_scales else (),
-            describe(fc1_expert_biases),
-            describe(fc2_expert_biases),
-            input_sf is not None,
-            describe(swiglu_alpha),
-            describe(swiglu_beta),
-            describe(swiglu_limit),
-            describe(output),
-            describe(workspace_buffer),
+            None if fc1_expert_biases is None else describe(fc1_expert_biases),
+            None if fc2_expert_biases is None else describe(fc2_expert_biases),
+            None if swiglu_alpha is None else describe(swiglu_alpha),
+            None if swiglu_beta is None else describe(swiglu_beta),
+            None if swiglu_limit is None else describe(swiglu_limit),
+            None if output is None else describe(output),
+            None if workspace_buffer is None else describe(workspace_buffer),
             output_dtype,
             tp_size,
             tp_rank,
@@ -98,37 +106,38 @@ def execute(
         )
         input_address = input.data_ptr()
         experts_address = token_selected_experts.data_ptr()
-        scales_address = _address(token_final_scales)
+        scales_address = 0 if token_final_scales is None else token_final_scales.data_ptr()
         fc1_address = fc1_expert_weights.data_ptr()
         fc2_address = fc2_expert_weights.data_ptr()
-        fc1_bias_address = _address(fc1_expert_biases)
-        fc2_bias_address = _address(fc2_expert_biases)
-        alpha_address = _address(swiglu_alpha)
-        beta_address = _address(swiglu_beta)
-        limit_address = _address(swiglu_limit)
+        fc1_bias_address = 0 if fc1_expert_biases is None else fc1_expert_biases.data_ptr()
+        fc2_bias_address = 0 if fc2_expert_biases is None else fc2_expert_biases.data_ptr()
+        alpha_address = 0 if swiglu_alpha is None else swiglu_alpha.data_ptr()
+        beta_address = 0 if swiglu_beta is None else swiglu_beta.data_ptr()
+        limit_address = 0 if swiglu_limit is None else swiglu_limit.data_ptr()
     except (AttributeError, RuntimeError, TypeError):
-        arguments = {name: value for name, value in locals().items() if name in _TENSORS}
-        reject_non_tensors(arguments, _REQUIRED)
+        sign(locals())  # says which argument is none that has a shape and an address
         raise
     try:
-        call: MoeCall | None = check_call_cached(key)
+        call = _passed.get(key) if usual else None
     except TypeError:
-        call = None
+        # A value that cannot be hashed fits no argument: the checks say which.
+        call, usual = None, False
     if call is None:
-        # A value that cannot be hashed fits no argument: this says which.
-        call = check_call(key)
+        call = check_call(sign(locals()))
+        if len(_passed) >= _MOST_PASSED:
+            _passed.clear()
+        if usual:
+            _passed[key] = call
 
-    fc1_scales, fc2_scales = quant_scales if quant_scales else (None, None)
-    fc1_scales_address = _address(fc1_scales)
-    fc2_scales_address = _address(fc2_scales)
-    given = output is not None or workspace_buffer is not None
-    if output is None:
-        output = torch.empty(
-            (call.num_tokens, call.hidden_size), dtype=output_dtype, device=call.device
-        )
-    output_address = output.data_ptr()
+    fc1_scales = fc2_scales = None
+    fc1_scales_address = fc2_scales_address = 0
+    if quant_scales:
+        fc1_scales, fc2_scales = quant_scales
+        fc1_scales_address = fc1_scales.data_ptr()
+        fc2_scales_address = fc2_scales.data_ptr()
     if (
-        given
+        output is not None
+        or workspace_buffer is not None
         or (
             input_address
             | fc1_address
@@ -156,13 +165,35 @@ def execute(
                 "swiglu_alpha": alpha_address,
                 "swiglu_beta": beta_address,
                 "swiglu_limit": limit_address,
-                "output": output_address,
-                "workspace_buffer": _address(workspace_buffer),
+                "output": 0 if output is None else output.data_ptr(),
+                "workspace_buffer": (
+                    0 if workspace_buffer is None else workspace_buffer.data_ptr()
+                ),
             },
         )
-    if call.num_tokens == 0:
-        return output
-    if call.backend == "cpu":
+    if call.backend != "cpu" and call.num_tokens:
+        return cuda.launch(
+            call,
+            output,
+            workspace_buffer,
+            input_address,
+            experts_address,
+            scales_address,
+            fc1_address,
+            fc2_address,
+            fc1_scales_address,
+            fc2_scales_address,
+            fc1_bias_address,
+            fc2_bias_address,
+            alpha_address,
+            beta_address,
+            limit_address,
+        )
+    if output is None:
+        output = torch.empty(
+            (call.num_tokens, call.hidden_size), dtype=output_dtype, device=call.device
+        )
+    if call.num_tokens:
         cpu.run(
             call,
             input,
@@ -179,29 +210,7 @@ def execute(
             swiglu_limit,
             output,
         )
-    else:
-        cuda.launch(
-            call,
-            workspace_buffer,
-            input=input_address,
-            experts=experts_address,
-            scales=scales_address,
-            fc1_weights=fc1_address,
-            fc2_weights=fc2_address,
-            fc1_scales=fc1_scales_address,
-            fc2_scales=fc2_scales_address,
-            fc1_bias=fc1_bias_address,
-            fc2_bias=fc2_bias_address,
-            swiglu_alpha=alpha_address,
-            swiglu_beta=beta_address,
-            swiglu_limit=limit_address,
-            output=output_address,
-        )
     return output
-
-
-def _address(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
 
 
 def _check_addresses(call: MoeCall, addresses: dict[str, int]) -> None:

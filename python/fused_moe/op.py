@@ -114,7 +114,9 @@ def cutlass_fused_moe(
         RuntimeError: the backend is not in this build, or CUDA reports an error.
     """
     # The dispatcher costs as much again as the checks: only where it has to see the call.
-    dispatched = torch.compiler.is_compiling() or _is_subclass(input)
+    dispatched = torch.compiler.is_compiling() or (
+        type(input) is not torch.Tensor and _is_subclass(input)
+    )
     run: Callable[..., Any] = execute
     if dispatched:
         run = torch.ops.fused_moe.cutlass_fused_moe
@@ -161,13 +163,9 @@ def cutlass_fused_moe(
 
 
 def _is_subclass(value: Any) -> bool:
-    """Whether only the dispatcher knows what to do with a tensor: fake tensors and the like."""
+    """Whether what is no plain tensor is one that only the dispatcher understands: fake ones."""
     kind = type(value)
-    return (
-        kind is not torch.Tensor
-        and kind is not torch.nn.Parameter
-        and isinstance(value, torch.Tensor)
-    )
+    return kind is not torch.nn.Parameter and isinstance(value, torch.Tensor)
 
 
 # The operator writes into a given output, because an operator may not return an argument;

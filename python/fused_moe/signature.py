@@ -1,12 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """What the checks need to know of a call: everything but the contents and the addresses.
 
-A call's signature is a plain tuple that can be hashed, so that the checks of a call run once
-for each combination of shapes, dtypes, devices and flags, and a lookup replaces them after.
+The checks of a call run once for each combination of shapes, dtypes, devices and flags; a
+lookup replaces them after.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -79,30 +80,56 @@ class Signature(NamedTuple):
         return {name: meta for name, meta in named.items() if meta is not None}
 
 
-def from_plain(key: tuple[Any, ...]) -> Signature:
-    """Gives names to a signature built from plain tuples, which are quicker to make."""
+_REQUIRED = frozenset(
+    {"input", "token_selected_experts", "fc1_expert_weights", "fc2_expert_weights"}
+)
+_OPTIONAL = frozenset(
+    {
+        "token_final_scales",
+        "fc1_expert_biases",
+        "fc2_expert_biases",
+        "swiglu_alpha",
+        "swiglu_beta",
+        "swiglu_limit",
+        "output",
+        "workspace_buffer",
+    }
+)
 
-    def named(name: str, field: Any) -> Any:
-        if name == "quant_scales":
-            return tuple(None if meta is None else Meta._make(meta) for meta in field)
-        return Meta._make(field) if type(field) is tuple and len(field) == 4 else field
 
-    return Signature._make(map(named, Signature._fields, key))
+def sign(arguments: Mapping[str, Any]) -> Signature:
+    """Returns the signature of a call.
+
+    Args:
+        arguments: those of `cutlass_fused_moe` by name; other names are ignored.
+
+    Raises:
+        TypeError, ValueError: an argument is not the kind of tensor, or list, that it must be.
+    """
+    tensors = _REQUIRED | _OPTIONAL
+    _reject_non_tensors(
+        {name: arguments[name] for name in arguments if name in tensors | {"quant_scales"}}
+    )
+    fields = {name: arguments[name] for name in Signature._fields}
+    for name in tensors:
+        if fields[name] is not None:
+            fields[name] = Meta(*describe(fields[name]))
+    scales = arguments["quant_scales"]
+    fields["quant_scales"] = tuple([Meta(*describe(scale)) for scale in scales]) if scales else ()
+    fields["input_sf"] = arguments["input_sf"] is not None
+    return Signature(**fields)
 
 
-def describe(tensor: torch.Tensor | None) -> tuple[Any, ...] | None:
-    """A tensor's `Meta` as a plain tuple."""
-    if tensor is None:
-        return None
+def describe(tensor: torch.Tensor) -> tuple[torch.Size, torch.dtype, torch.device, bool]:
+    """A tensor's `Meta` as a plain tuple, which is quicker to make."""
     return (tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous())
 
 
-def reject_non_tensors(arguments: dict[str, Any], required: frozenset[str]) -> None:
-    """Raises TypeError or ValueError, naming the argument, for what `describe` failed on.
+def _reject_non_tensors(arguments: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError, naming the argument, for what `describe` would fail on.
 
     Args:
         arguments: the tensor arguments by name; sequences of tensors are looked into.
-        required: the names that cannot be None.
     """
     flat: dict[str, Any] = {}
     for name, value in arguments.items():
@@ -115,7 +142,7 @@ def reject_non_tensors(arguments: dict[str, Any], required: frozenset[str]) -> N
             raise TypeError(
                 f"quant_scales is a {type(value).__name__}; it must be a list of tensors, or None"
             )
-        if value is None and name not in required and "[" not in name:
+        if value is None and name not in _REQUIRED and "[" not in name:
             continue
         if not isinstance(value, torch.Tensor):
             kind = "None" if value is None else f"a {type(value).__name__}"
