@@ -43,9 +43,6 @@ class Backend {
   // Whether a block of the tactic fits the chip.
   virtual bool Fits(int32_t tactic, WeightFormat format, const Device& device) const = 0;
 
-  // Whether GEMM 2 by this tactic can do the finalize step (FusedFinalize).
-  virtual bool CanFinalize(int32_t tactic) const = 0;
-
   // The choice without tuning: a function of sizes and chip, never of device data.
   virtual TacticPair Choose(const Problem& problem, const Device& device) const = 0;
 

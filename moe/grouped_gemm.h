@@ -20,15 +20,6 @@
 
 namespace moe {
 
-// With few slots GEMM 2 does the finalize step too: the block that stores the last of a token's
-// rows within a column tile sums them, in the order of slots like the finalize kernel and hence
-// with the same bits. A launch less, which at one token is a tenth of a call.
-struct FusedFinalize {
-  void* output = nullptr;                // [M, columns] out_dtype; null: not fused
-  const int32_t* slot_to_row = nullptr;  // [M, top_k]
-  int32_t* arrivals = nullptr;           // [M, column tiles] rows stored, zero at the start
-};
-
 struct GroupedGemm {
   const void* a = nullptr;  // [*, k] dtype
   bool gather = false;      // rows of `a` are tokens
@@ -45,9 +36,8 @@ struct GroupedGemm {
   const RowTile* row_tiles = nullptr;      // device list
   const int32_t* num_row_tiles = nullptr;  // device scalar
   int64_t max_row_tiles = 0;               // host bound of it, for the grid
-  FusedFinalize finalize;
-  int32_t columns = 0;  // of out: I for GEMM 1, H for GEMM 2
-  int32_t k = 0;        // reduction length: H for GEMM 1, I for GEMM 2
+  int32_t columns = 0;                     // of out: I for GEMM 1, H for GEMM 2
+  int32_t k = 0;                           // reduction length: H for GEMM 1, I for GEMM 2
   Activation activation = Activation::kIdentity;
   DType dtype = DType::kBFloat16;
   DType out_dtype = DType::kBFloat16;

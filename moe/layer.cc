@@ -98,13 +98,6 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
     routing.row_tiles[i] = reinterpret_cast<RowTile*>(at(plan.row_tiles[i]));
     routing.tile_rows[i] = all[i == 0 ? tactics.gemm1 : tactics.gemm2].tile_m;
   }
-  const bool fused_finalize =
-      problem.num_slots() <= kMaxFusedSlots && backend.CanFinalize(tactics.gemm2);
-  if (fused_finalize) {
-    routing.num_arrivals = FusedFinalizeCounters(problem);
-    routing.arrivals = ints(plan.arrivals);
-    routing.output = static_cast<uint4*>(arguments.output);
-  }
   Check(LaunchRouting(problem, arguments.experts, routing, stream), "routing");
 
   auto list = [&](GroupedGemm& gemm, int i) {
@@ -146,16 +139,10 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   gemm2.slot_scales = arguments.scales;
   gemm2.out = at(plan.expert_output);
   gemm2.out_dtype = problem.output_dtype;  // not dtype: bf16 holds sums that fp16 cannot
-  if (fused_finalize) {
-    gemm2.finalize.output = arguments.output;
-    gemm2.finalize.slot_to_row = routing.slot_to_row;
-    gemm2.finalize.arrivals = routing.arrivals;
-  }
   gemm2.columns = problem.hidden_size;
   gemm2.k = problem.intermediate_size;
   Check(backend.Launch(tactics.gemm2, gemm2, device, stream), "GEMM 2");
 
-  if (fused_finalize) return;
   Check(LaunchFinalize(problem, at(plan.expert_output), routing.slot_to_row, arguments.output,
                        stream),
         "finalize");

@@ -1,7 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One call: route, GEMM 1, GEMM 2, finalize (with few slots a part of GEMM 2: FusedFinalize in
-// grouped_gemm.h), all on the caller's stream, without waiting for
+// One call: route, GEMM 1, GEMM 2, finalize, all on the caller's stream, without waiting for
 // the device and without allocating.
 
 #ifndef MOE_LAYER_H_

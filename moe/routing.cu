@@ -29,8 +29,6 @@ struct Params {
   const int32_t* experts;
   RoutingBuffers buffers;
   int32_t slots;
-  int32_t top_k;
-  int32_t output_vectors;  // of a row of the output
   int32_t first_expert;
   int32_t num_experts;      // local
   int32_t slots_per_block;  // large inputs
@@ -134,26 +132,6 @@ __device__ void WriteTileLists(const Params& p, const int32_t* counts, const int
   }
 }
 
-// What GEMM 2 relies on when it does the finalize step; by the whole grid.
-__device__ void PrepareFusedFinalize(const Params& p) {
-  const int64_t first = static_cast<int64_t>(blockIdx.x) * kThreads + threadIdx.x;
-  const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
-  for (int64_t i = first; i < p.buffers.num_arrivals; i += step) p.buffers.arrivals[i] = 0;
-
-  // No row of such a token ever arrives, so no block would write it.
-  const int lane = threadIdx.x % 32;
-  for (int64_t token = first / 32; token < p.slots / p.top_k; token += step / 32) {
-    bool any = false;
-    for (int j = lane; j < p.top_k; j += 32) {
-      any |= LocalExpert(p, static_cast<int32_t>(token * p.top_k + j)) >= 0;
-    }
-    if (__any_sync(kFullWarp, any)) continue;
-    for (int v = lane; v < p.output_vectors; v += 32) {
-      p.buffers.output[token * p.output_vectors + v] = make_uint4(0, 0, 0, 0);
-    }
-  }
-}
-
 extern __shared__ int32_t shared_experts[];  // up to 5 numbers an expert
 
 __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
@@ -166,7 +144,6 @@ __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
     counts[e] = 0;
     earlier[e] = 0;
   }
-  if (p.buffers.output != nullptr) PrepareFusedFinalize(p);
   __syncthreads();
   const int32_t share_begin = blockIdx.x * kSlotsPerBlock;
   for (int32_t slot = threadIdx.x; slot < p.slots; slot += kThreads) {
@@ -258,8 +235,6 @@ cudaError_t LaunchRouting(const Problem& problem, const int32_t* experts,
   p.experts = experts;
   p.buffers = buffers;
   p.slots = static_cast<int32_t>(problem.num_slots());
-  p.top_k = problem.top_k;
-  p.output_vectors = problem.hidden_size / 8;
   p.first_expert = problem.first_local_expert;
   p.num_experts = problem.num_local_experts;
   const size_t per_expert = p.num_experts * sizeof(int32_t);

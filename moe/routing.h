@@ -25,12 +25,6 @@ struct RoutingBuffers {
   int32_t* expert_counts;  // [RoutingBlocks, E_l]
   int32_t* row_to_slot;    // [slots]
   int32_t* slot_to_row;    // [slots]
-
-  // Only where GEMM 2 does the finalize step; else 0 and null. Counters to zero, and the output,
-  // where tokens without an expert here get their zeros.
-  int64_t num_arrivals = 0;
-  int32_t* arrivals = nullptr;
-  uint4* output = nullptr;  // [M, H / 8]
 };
 
 // One launch up to 16384 slots, three beyond. Any id value is safe: ids outside

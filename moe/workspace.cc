@@ -22,11 +22,6 @@ class Arena {
 
 }  // namespace
 
-int64_t FusedFinalizeCounters(const Problem& problem) {
-  if (problem.num_slots() > kMaxFusedSlots) return 0;
-  return problem.num_tokens * ((problem.hidden_size + kMinTileColumns - 1) / kMinTileColumns);
-}
-
 int32_t RoutingBlocks(const Problem& problem) {
   // 4096 slots a block keep a launch of 131072 slots at 32 blocks; the cap on the histograms'
   // total size (256 KiB) keeps the workspace bound for any number of experts.
@@ -48,7 +43,6 @@ WorkspacePlan PlanWorkspace(const Problem& problem) {
   plan.row_tiles[1] = arena.Take(tiles * sizeof(RowTile));
   plan.expert_counts = arena.Take(static_cast<size_t>(RoutingBlocks(problem)) *
                                   problem.num_local_experts * sizeof(int32_t));
-  plan.arrivals = arena.Take(static_cast<size_t>(FusedFinalizeCounters(problem)) * sizeof(int32_t));
   plan.row_to_slot = arena.Take(slots * sizeof(int32_t));
   plan.slot_to_row = arena.Take(slots * sizeof(int32_t));
   plan.intermediate = arena.Take(slots * problem.intermediate_size * 2);

@@ -21,14 +21,6 @@ inline constexpr size_t kWorkspaceAlignment = 128;
 // The smallest tile height that any backend may use: sizes the row-tile lists.
 inline constexpr int32_t kMinTileRows = 16;
 
-// Calls of at most so many slots may fold the finalize step into GEMM 2 (FusedFinalize), whose
-// column tiles have at least this many columns: sizes the counters of arrived rows.
-inline constexpr int64_t kMaxFusedSlots = 1024;
-inline constexpr int32_t kMinTileColumns = 64;
-
-// Counters needed for that: none for larger calls.
-int64_t FusedFinalizeCounters(const Problem& problem);
-
 // Blocks of the large-input routing, each with a histogram of its own.
 int32_t RoutingBlocks(const Problem& problem);
 
@@ -38,7 +30,6 @@ struct WorkspacePlan {
   size_t row_tiles[2];   // RowTile [MaxRowTiles]: for GEMM 1 and GEMM 2
   size_t expert_counts;  // int32 [RoutingBlocks, E_l]: large inputs only
   size_t row_to_slot;    // int32 [slots]: whose token GEMM 1 gathers, whose scale GEMM 2 applies
-  size_t arrivals;       // int32 [M, column tiles]: few slots only
   size_t slot_to_row;    // int32 [slots]: -1 where the slot's expert is not here
   size_t intermediate;   // [slots, I] dtype
   size_t expert_output;  // [slots, H] output_dtype, already scaled

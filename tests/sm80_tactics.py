@@ -219,27 +219,6 @@ def test_every_tactic_is_right(weights: str, shape: str) -> None:
 
 
 @_needs_build
-@pytest.mark.parametrize("routing", ["uniform", "outside", "duplicates", "one_expert"])
-@pytest.mark.parametrize("weights", ["same", "int8"])
-def test_finalize_gives_the_same_bits_as_a_step_of_its_own(weights: str, routing: str) -> None:
-    """Tiles of few rows end with the finalize step where a call has few slots; others do not."""
-    require_sm80()
-    tactics = tactics_for(weights)
-    fused = [index for index, tactic in enumerate(tactics) if tactic.tile_m <= 32]
-    separate = next(index for index, tactic in enumerate(tactics) if tactic.tile_m == 64)
-    for tokens in (1, 9, 100, 341):  # 3 slots each: up to 1023, the last that are fused
-        case = Case("finalize", 336, 176, 6, 3, tokens, weights=weights, routing=routing)
-        with realized(case) as layer:
-            with forced(tactics=(fused[0], separate)):
-                expected = run_poisoned(layer, 0xFF)
-            check(layer, expected)
-            for index in fused:
-                with forced(tactics=(fused[0], index)):
-                    out = run_poisoned(layer, 0x7B)
-                assert same_bits(out, expected), f"{tactics[index].name}, {tokens} tokens"
-
-
-@_needs_build
 @pytest.mark.parametrize("kib", [99, 163])
 @pytest.mark.parametrize("weights", list(_FORMATS))
 def test_runs_within_a_smaller_chips_shared_memory(weights: str, kib: int) -> None:

@@ -24,30 +24,6 @@ __device__ inline uint32_t PackPair(float lo, float hi, DType dtype) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
-__device__ inline float2 UnpackPair(uint32_t word, DType dtype) {
-  return dtype == DType::kFloat16
-             ? __half22float2(reinterpret_cast<const __half2&>(word))
-             : __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
-}
-
-// Rounds adjacent values and stores them with one store.
-template <int kVector>
-__device__ inline void StoreVector(uint16_t* out, const float (&value)[kVector], DType dtype) {
-  uint32_t words[kVector / 2];
-#pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    words[i] = PackPair(value[2 * i], value[2 * i + 1], dtype);
-  }
-  if constexpr (kVector == 8) {
-    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
-  } else if constexpr (kVector == 4) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
-  } else {
-    static_assert(kVector == 2, "a store is 4, 8 or 16 bytes");
-    *reinterpret_cast<uint32_t*>(out) = words[0];
-  }
-}
-
 // `Count` consecutive values at `base[index...]`, whose dtype is known only at run time (biases
 // and scales: read once a tile, so a uniform branch costs less than another kernel would).
 // base + index is aligned to Count values.
@@ -69,7 +45,9 @@ __device__ inline void LoadAsFloat(const void* base, int64_t index, DType dtype,
 #pragma unroll
   for (int i = 0; i < Count / 2; ++i) {
     const uint32_t word = __ldg(p + i);
-    const float2 v = UnpackPair(word, dtype);
+    const float2 v = dtype == DType::kFloat16
+                         ? __half22float2(reinterpret_cast<const __half2&>(word))
+                         : __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));
     out[2 * i] = v.x;
     out[2 * i + 1] = v.y;
   }

@@ -43,8 +43,6 @@ class Sm80Backend final : public Backend {
     return ResidentBlocks(tactic, format != WeightFormat::kSameAsInput, device) > 0;
   }
 
-  bool CanFinalize(int32_t tactic) const override { return FinalizesTiles(kTiles[tactic]); }
-
   TacticPair Choose(const Problem& problem, const Device& device) const override {
     return {ChooseTile(problem, IsGated(problem.activation), problem.intermediate_size,
                        problem.hidden_size, device),

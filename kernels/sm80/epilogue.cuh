@@ -36,6 +36,23 @@ struct Channels {
   __device__ float operator()(int v, float sum) const { return sum * scale[v] + bias[v]; }
 };
 
+template <int kVector>
+__device__ inline void StoreRow(uint16_t* out, const float (&value)[kVector], DType dtype) {
+  uint32_t words[kVector / 2];
+#pragma unroll
+  for (int i = 0; i < kVector / 2; ++i) {
+    words[i] = PackPair(value[2 * i], value[2 * i + 1], dtype);
+  }
+  if constexpr (kVector == 8) {
+    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
+  } else if constexpr (kVector == 4) {
+    *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
+  } else {
+    static_assert(kVector == 2, "a store is 4, 8 or 16 bytes");
+    *reinterpret_cast<uint32_t*>(out) = words[0];
+  }
+}
+
 template <typename T, typename Accumulators>
 __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Accumulators& acc) {
   using Columns = typename T::Columns;
@@ -90,9 +107,9 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
               value[v] = row_scale[m][half] * Apply<kActivation>(up(v, acc[m][n][c]));
             }
           }
-          StoreVector(static_cast<uint16_t*>(gemm.out) +
-                          static_cast<int64_t>(item.row_begin + row) * gemm.columns + column,
-                      value, gemm.out_dtype);
+          StoreRow(static_cast<uint16_t*>(gemm.out) +
+                       static_cast<int64_t>(item.row_begin + row) * gemm.columns + column,
+                   value, gemm.out_dtype);
         }
       }
     }

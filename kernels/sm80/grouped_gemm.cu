@@ -32,7 +32,6 @@
 #include <atomic>
 #include <cute/arch/copy_sm80.hpp>
 
-#include "kernels/common/fused_finalize.cuh"
 #include "kernels/sm80/epilogue.cuh"
 #include "kernels/sm80/grouped_gemm.h"
 #include "kernels/sm80/loader.cuh"
@@ -87,14 +86,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
     // the loop would take registers that the widest tile does not have.
     int32_t same = work;
     asm volatile("" : "+r"(same));
-    const WorkItem item = schedule.Decode(same);
-    Epilogue<T>(gemm, item, acc);
-    if constexpr (!T::kGated && FinalizesTiles(T::kTile)) {
-      if (gemm.finalize.output != nullptr) {
-        FinalizeTile<T::kTile.m, T::kTileColumns>(gemm, item.row_begin, item.rows, item.column,
-                                                  schedule.column_tiles);
-      }
-    }
+    Epilogue<T>(gemm, schedule.Decode(same), acc);
   }
 }
 

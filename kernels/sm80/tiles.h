@@ -41,9 +41,6 @@ inline constexpr Tile kTiles[] = {
     {"128x256x64", 128, 256, 64, 2, 4, 3, 4, 1},  //
     {"256x128x64", 256, 128, 64, 4, 2, 3, 4, 1},  //
 };
-// Whether a tile's kernel can do the finalize step: those for few rows, which it is for.
-constexpr bool FinalizesTiles(const Tile& tile) { return tile.m <= 32; }
-
 inline constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 
 }  // namespace moe::sm80
