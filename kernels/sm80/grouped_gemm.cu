@@ -56,6 +56,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
     loader.Advance();
     cute::cp_async_fence();
   }
+  // Warps with different numbers of active row blocks come to this barrier from different code. It
+  // counts arrivals at barrier 0 whatever instruction they come from (PTX, bar.sync).
   auto publish = [] {
     cute::cp_async_wait<T::kStages - 2>();
     __syncthreads();
