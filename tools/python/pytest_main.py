@@ -17,6 +17,14 @@ SHARDS = int(os.environ.get("TEST_TOTAL_SHARDS", "1"))
 class BazelPlugin:
     """Sharding, and failures for want of a GPU where one is required."""
 
+    def __init__(self) -> None:
+        self.skipped_whole = False
+
+    def pytest_collectreport(self, report: pytest.CollectReport) -> None:
+        """Notes that a file skipped itself as a whole: it has no case that could be counted."""
+        if report.skipped:
+            self.skipped_whole = not (REQUIRE_GPU and "GPU" in str(report.longrepr))
+
     def pytest_collection_modifyitems(
         self, config: pytest.Config, items: list[pytest.Item]
     ) -> None:
@@ -63,9 +71,10 @@ def main() -> int:
         arguments += ["--junitxml", report]
     if expression := os.environ.get("TESTBRIDGE_TEST_ONLY"):
         arguments += ["-k", expression]
-    status = pytest.main([*arguments, *own], plugins=[BazelPlugin()])
-    if status == pytest.ExitCode.NO_TESTS_COLLECTED and SHARDS > 1:
-        return 0  # more shards than cases
+    plugin = BazelPlugin()
+    status = pytest.main([*arguments, *own], plugins=[plugin])
+    if status == pytest.ExitCode.NO_TESTS_COLLECTED and (SHARDS > 1 or plugin.skipped_whole):
+        return 0  # more shards than cases, or a file that said why it skips itself
     return int(status)
 
 
