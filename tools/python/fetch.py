@@ -46,12 +46,32 @@ def explain(lock: str, log: str) -> None:
     fail(lock, f"pip could not download all of: {names}", log)
 
 
-def download(lock: str, folder: pathlib.Path) -> list[pathlib.Path]:
-    """Returns the wheels of `lock`, downloaded into `folder`."""
+def pip_download(
+    lock: str | pathlib.Path, folder: pathlib.Path
+) -> subprocess.CompletedProcess[str]:
+    """Downloads the wheels of `lock` into `folder`."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--require-hashes"]
     command += ["--only-binary=:all:", "--progress-bar=off", "--disable-pip-version-check"]
-    command += ["--dest", str(folder), "--requirement", lock]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)
+    command += ["--dest", str(folder), "--requirement", str(lock)]
+    return subprocess.run(command, capture_output=True, text=True, check=False)
+
+
+def download(lock: str, folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the wheels of `lock`, downloaded into `folder`.
+
+    PyTorch's CPU build is asked for by name first: between builds of one version pip prefers the
+    one whose hash its index tells, and a folder of wheels tells none.
+    """
+    text = pathlib.Path(lock).read_text()
+    wanted = pathlib.Path(lock)
+    torch = re.search(r"^(torch==\S+)(.*\n(?: .*\n?)*)", text, re.MULTILINE)
+    if torch:
+        cpu = folder / "torch_cpu.txt"
+        cpu.write_text(f"{torch[1]}+cpu{torch[2]}")
+        if pip_download(cpu, folder).returncode == 0:
+            wanted = folder / "others.txt"
+            wanted.write_text(text.replace(torch[0], ""))
+    result = pip_download(wanted, folder)
     if result.returncode != 0:
         lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
         explain(lock, "\n".join(lines))
