@@ -29,6 +29,7 @@ from fused_moe import (
 from fused_moe.backends import choose
 from fused_moe.models import MODELS, ModelShape
 from fused_moe.reference import reference_moe
+from tolerances import TOLERANCES, relative_error
 
 _MODEL = flags.DEFINE_enum("model", "Mixtral-8x7B", sorted(MODELS), "Whose layer shape to take.")
 _TOKENS = flags.DEFINE_integer("tokens", 64, "Rows of the input.", lower_bound=0)
@@ -50,10 +51,6 @@ _SCALE = flags.DEFINE_integer(
 _EXPERTS = flags.DEFINE_integer("experts", 0, "Number of experts. 0: the model's.", lower_bound=0)
 _REPEATS = flags.DEFINE_integer("repeats", 5, "Timed runs, after one warm-up.", lower_bound=1)
 _SEED = flags.DEFINE_integer("seed", 0, "Seed of the random layer and input.")
-
-# Relative error in norm. The intermediate and the output are rounded to the activation dtype
-# once or a few times each: the bounds are those of the tests (tests/tolerances.py).
-_TOLERANCE = {torch.bfloat16: 5e-3, torch.float16: 1e-3, torch.float32: 8e-5}
 
 
 @dataclass(frozen=True)
@@ -195,8 +192,7 @@ def main(argv: list[str]) -> None:
     expected = reference_moe(
         x, ids, scales, layer.fc1, layer.fc2, quant_scales=layer.quant_scales, **arguments
     )
-    difference = (out.float() - expected.float()).norm().item()
-    error = difference / max(expected.float().norm().item(), 1e-30)
+    error = relative_error(out, expected)
 
     where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()}"
     where += "" if device.type == "cuda" else " CPU threads"
@@ -209,8 +205,8 @@ def main(argv: list[str]) -> None:
     print(f"weights    fc1 {tuple(layer.fc1.shape)}, fc2 {tuple(layer.fc2.shape)} {weights}")
     print(f"time       {seconds * 1e3:.3f} ms, median of {_REPEATS.value}")
     print(f"rate       {tokens / seconds:,.0f} tokens/s, {operations / seconds / 1e12:.3f} TFLOP/s")
-    print(f"error      {error:.2e} relative to the float32 reference (limit {_TOLERANCE[dtype]:g})")
-    if not error < _TOLERANCE[dtype]:
+    print(f"error      {error:.2e} relative to the float32 reference (limit {TOLERANCES[dtype]:g})")
+    if not error < TOLERANCES[dtype]:
         print("FAILED: the error is above the limit", file=sys.stderr)
         sys.exit(1)
 
