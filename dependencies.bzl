@@ -35,7 +35,11 @@ def fused_moe_dependencies():
     _maybe(
         python_packages,
         name = "python_packages",
-        aliases = {"matplotlib": "@plotting_packages//:matplotlib"},
+        aliases = {
+            "matplotlib": "@plotting_packages//:matplotlib",
+            "safetensors": "@transformers_packages//:safetensors",
+            "transformers": "@transformers_packages//:transformers",
+        },
         cuda_lock = Label("//tools/python:locks/torch_cuda.txt"),
         lock = Label("//tools/python:locks/packages.txt"),
         modules = {
@@ -46,6 +50,16 @@ def fused_moe_dependencies():
             "torch": "torch",
             "tqdm": "tqdm",
         },
+    )
+    _maybe(
+        python_packages,
+        name = "transformers_packages",
+        lock = Label("//tools/python:locks/transformers.txt"),
+        modules = {
+            "safetensors": "safetensors",
+            "transformers": "transformers",
+        },
+        optional = True,
     )
     _maybe(
         cuda_toolkit,

@@ -77,6 +77,12 @@ GROUPS = {
         ("matplotlib",),
         upon=("packages",),
     ),
+    "transformers": Group(
+        "tools/python/locks/transformers.txt",
+        "Hugging Face transformers, for the integration's tests and the examples.",
+        ("safetensors", "transformers==5.17.0"),
+        upon=("packages",),
+    ),
     "toolkit": Group(
         "tools/cuda/locks/toolkit.txt",
         "The CUDA compiler, its headers and the static CUDA runtime.",

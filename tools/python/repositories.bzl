@@ -193,7 +193,8 @@ def _python_packages_impl(repository_ctx):
             fail("fused_moe: %s does not run: %s" % (python.interpreter, result.stderr))
         found = json.decode(result.stdout)
         for name, module in modules.items():
-            text = _SYSTEM_PACKAGE if module in found else _MISSING
+            present = module in found or repository_ctx.attr.optional
+            text = _SYSTEM_PACKAGE if present else _MISSING
             build += text.format(
                 name = name,
                 interpreter = python.interpreter,
@@ -222,13 +223,15 @@ python_packages = repository_rule(
         "cuda_lock": attr.label(doc = "Lock that PyTorch's default build needs besides."),
         "lock": attr.label(mandatory = True, doc = "Lock file; see lock.py."),
         "modules": attr.string_dict(doc = "Target to the module it makes importable."),
+        "optional": attr.bool(doc = "Whether tests skip, at run time, what an interpreter lacks."),
         "_fetch": attr.label(default = Label("//tools/python:fetch.py")),
         "_python": PYTHON_ATTRIBUTE,
     },
     doc = """A lock's packages, as one site-packages tree behind one target a package.
 
 With MOE_PYTHON_PACKAGES=system nothing is downloaded: the targets stand for the interpreter's own
-packages, and one that it lacks fails, by name, when something depends on it.
+packages, and one that it lacks fails, by name, when something depends on it. In an `optional`
+repository it is an empty target instead: what depends on it finds out when it imports.
 """,
     environ = ["MOE_PYTHON_PACKAGES"],
 )
