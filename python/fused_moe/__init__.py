@@ -12,15 +12,18 @@ See `cutlass_fused_moe` for the order of the gated rows, which nothing can check
 """
 
 from fused_moe.activation import ActivationType
+from fused_moe.module import FusedMoE
 from fused_moe.op import cutlass_fused_moe
 from fused_moe.quantization import quantize_int8, up_gate_from_gate_up
-from fused_moe.routing import topk_softmax
+from fused_moe.routing import Routing, topk_softmax
 from fused_moe.workspace import cutlass_fused_moe_workspace_size
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ActivationType",
+    "FusedMoE",
+    "Routing",
     "__version__",
     "cutlass_fused_moe",
     "cutlass_fused_moe_workspace_size",
