@@ -12,13 +12,24 @@
 namespace moe {
 
 // The numbers are part of the Python interface (fused_moe/_C.pyi).
-enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2 };
+enum class DType : int32_t { kFloat32 = 0, kFloat16 = 1, kBFloat16 = 2, kE8M0 = 3 };
 
 enum class WeightFormat : int32_t {
   kSameAsInput = 0,  // fp16 or bf16, as the input
   kInt8 = 1,         // weight = q * scale[channel]
   kUint8 = 2,        // weight = (u - 128) * scale[channel]
+  kInt4 = 3,         // two a byte, even k low: weight = (u - 8) * scale[channel, k / group]
+  kMxfp4 = 4,        // two a byte, even k low: weight = e2m1 * 2^(scale[channel, k / 32] - 127)
 };
+inline constexpr int kNumWeightFormats = 5;
+
+// Bits of a stored weight where the input has 16.
+constexpr int WeightBits(WeightFormat format) {
+  if (format == WeightFormat::kSameAsInput) return 16;
+  return format == WeightFormat::kInt8 || format == WeightFormat::kUint8 ? 8 : 4;
+}
+// Bytes of `k` adjacent weights of a row.
+constexpr int64_t WeightBytes(WeightFormat format, int64_t k) { return k * WeightBits(format) / 8; }
 
 // FlashInfer's numbering, which Python's `ActivationType` repeats.
 enum class Activation : int32_t {
@@ -54,6 +65,7 @@ struct Problem {
   DType dtype = DType::kBFloat16;         // of input, intermediate values and 16-bit weights
   DType output_dtype = DType::kBFloat16;  // of output and biases
   WeightFormat weight_format = WeightFormat::kSameAsInput;
+  int32_t group_size = 0;  // weights along k that share a scale: 4-bit formats only
 
   // One (token, expert choice) pair is a slot; slots are numbered token * k + choice.
   int64_t num_slots() const { return num_tokens * top_k; }

@@ -33,7 +33,7 @@ namespace {
 Problem MakeProblem(int64_t num_tokens, int32_t hidden_size, int32_t intermediate_size,
                     int32_t num_local_experts, int32_t first_local_expert, int32_t top_k,
                     int activation, int dtype, int output_dtype, int weight_format,
-                    int32_t num_experts) {
+                    int32_t num_experts, int32_t group_size) {
   if (activation < 0 || activation >= kNumActivations) {
     throw std::invalid_argument("activation: got " + std::to_string(activation) +
                                 ", must be an ActivationType");
@@ -41,8 +41,15 @@ Problem MakeProblem(int64_t num_tokens, int32_t hidden_size, int32_t intermediat
   if (dtype < 1 || dtype > 2 || output_dtype < 1 || output_dtype > 2) {
     throw std::invalid_argument("dtype and output_dtype must be 1 (float16) or 2 (bfloat16)");
   }
-  if (weight_format < 0 || weight_format > 2) {
-    throw std::invalid_argument("weight_format must be 0 (as input), 1 (int8) or 2 (uint8)");
+  if (weight_format < 0 || weight_format >= kNumWeightFormats) {
+    throw std::invalid_argument(
+        "weight_format must be 0 (as input), 1 (int8), 2 (uint8), 3 (int4) or 4 (mxfp4)");
+  }
+  const bool grouped = weight_format >= static_cast<int>(WeightFormat::kInt4);
+  const bool known = group_size == 32 || group_size == 64 || group_size == 128;
+  if (grouped ? !known : group_size != 0) {
+    throw std::invalid_argument("group_size: got " + std::to_string(group_size) +
+                                ", must be 32, 64 or 128 for 4-bit weights and 0 for others");
   }
   Problem p;
   p.num_tokens = num_tokens;
@@ -56,6 +63,7 @@ Problem MakeProblem(int64_t num_tokens, int32_t hidden_size, int32_t intermediat
   p.dtype = static_cast<DType>(dtype);
   p.output_dtype = static_cast<DType>(output_dtype);
   p.weight_format = static_cast<WeightFormat>(weight_format);
+  p.group_size = group_size;
   return p;
 }
 
@@ -150,7 +158,8 @@ PYBIND11_MODULE(_C, m) {
       .def(py::init(&MakeProblem), py::kw_only(), py::arg("num_tokens"), py::arg("hidden_size"),
            py::arg("intermediate_size"), py::arg("num_local_experts"),
            py::arg("first_local_expert"), py::arg("top_k"), py::arg("activation"), py::arg("dtype"),
-           py::arg("output_dtype"), py::arg("weight_format"), py::arg("num_experts") = 0);
+           py::arg("output_dtype"), py::arg("weight_format"), py::arg("num_experts") = 0,
+           py::arg("group_size") = 0);
 
 #if defined(MOE_WITH_CUDA)
   m.attr("BACKENDS") = py::tuple(py::cast(BackendNames()));

@@ -14,7 +14,8 @@ class Problem:
     """The sizes and formats of a call. Immutable. num_experts counts those of all ranks.
 
     dtype and output_dtype are 0 float32, 1 float16, 2 bfloat16; activation is the value of an
-    ActivationType; weight_format is 0 for weights of `dtype`, 1 for int8, 2 for uint8.
+    ActivationType; weight_format is 0 for weights of `dtype`, 1 for int8, 2 for uint8, 3 for
+    int4, 4 for mxfp4; group_size is the number of weights that share a scale, 0 for others.
     """
 
     def __init__(
@@ -31,6 +32,7 @@ class Problem:
         output_dtype: int,
         weight_format: int,
         num_experts: int = 0,
+        group_size: int = 0,
     ) -> None: ...
 
 class Tactic:
