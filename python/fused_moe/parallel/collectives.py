@@ -1,0 +1,62 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The exchanges of this package: torch.distributed's, with errors that say what was being done."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from fused_moe.parallel.errors import exchange
+
+# Newer PyTorch has other names for the same functions, and warns of the older ones.
+_all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
+
+def all_reduce(x: torch.Tensor, what: str, kind: str, group: dist.ProcessGroup) -> None:
+    """Sums x over the group, in place."""
+    with exchange(f"all-reduce of {what} {list(x.shape)}", kind, group):
+        dist.all_reduce(x, group=group)
+
+
+def reduce_scatter(x: torch.Tensor, what: str, kind: str, group: dist.ProcessGroup) -> torch.Tensor:
+    """Sums x [n * rows, ...] over the n ranks; each gets its `rows` of the sum, in rank order."""
+    out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
+    with exchange(f"reduce-scatter of {what} {list(x.shape)}", kind, group):
+        _reduce_scatter(out, x, group=group)
+    return out
+
+
+def all_gather(x: torch.Tensor, what: str, kind: str, group: dist.ProcessGroup) -> torch.Tensor:
+    """Returns [n * rows, ...]: x [rows, ...] of all n ranks, in rank order."""
+    out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
+    with exchange(f"all-gather of {what} {list(x.shape)}", kind, group):
+        _all_gather(out, x, group=group)
+    return out
+
+
+def all_to_all(
+    out: torch.Tensor,
+    x: torch.Tensor,
+    what: str,
+    kind: str,
+    group: dist.ProcessGroup,
+    received: Sequence[int] | None = None,
+    sent: Sequence[int] | None = None,
+) -> None:
+    """Sends x's rows to the ranks, sent[r] of them to rank r; out gets received[r] from rank r.
+
+    Without counts, every rank sends every other the same number.
+    """
+    rows = f"{list(x.shape)} out, {list(out.shape)} in"
+    with exchange(f"all-to-all of {what}, {rows},", kind, group):
+        dist.all_to_all_single(
+            out,
+            x,
+            None if received is None else list(received),
+            None if sent is None else list(sent),
+            group=group,
+        )
