@@ -75,7 +75,8 @@ TENSORS = (
     "workspace_buffer",
 )
 REQUIRED = ("input", "token_selected_experts", "fc1_expert_weights", "fc2_expert_weights")
-# The shapes of the good call: 13 tokens, H = 64, I = 48, 4 experts, k = 2, gated.
+# The shapes of the good call: 13 tokens, H = 64, I = 48, 4 experts, k = 2, gated. With INT4 in
+# groups of 32 and MXFP4, I is 96; with INT4 in groups of 64, 192.
 SHAPES = {
     "input": [13, 64],
     "token_selected_experts": [13, 2],
@@ -173,6 +174,8 @@ NUMBER_CASES = [
     Bad("step", replace(activation_type=ActivationType.SwigluStep), ("swiglu_alpha", "SwigluS")),
     Bad("packed", replace(use_packed_weights=True), ("use_packed_weights", "4-bit")),
     Bad("group", replace(use_w4_group_scaling=True), ("use_w4_group_scaling", "4-bit")),
+    Bad("packed8", replace(use_packed_weights=True), ("_packed_", "4-bit"), weights="int8"),
+    Bad("group8", replace(use_w4_group_scaling=True), ("_w4_", "torch.int8"), weights="int8"),
     Bad("workspace-2d", edit("workspace_buffer", lambda t: t.view(2, -1)), ("workspace_buffer",)),
     Bad("workspace-at", edit("workspace_buffer", lambda t: t[8:]), ("workspace_buffer st", "64B")),
 ]
@@ -196,4 +199,57 @@ QUANT_CASES = [
     Bad("misaligned", scale(0, misaligned), ("quant_scales[0]", "16B-aligned"), weights="int8"),
 ]
 
-CALLS = [*GENERATED, *SHAPE_CASES, *NUMBER_CASES, *QUANT_CASES]
+
+def both(change: Callable[[torch.Tensor], object]) -> Callable[[Arguments], object]:
+    """Changes both quant_scales."""
+
+    def apply(arguments: Arguments) -> None:
+        arguments["quant_scales"] = [change(scale) for scale in arguments["quant_scales"]]
+
+    return apply
+
+
+def joined(tensor: torch.Tensor) -> torch.Tensor:
+    """Every other scale of a row, as if groups were twice as large."""
+    return tensor[..., ::2].contiguous()
+
+
+# INT4 and MXFP4: what holds for both, and then what does not.
+FOUR_BIT_CASES = [
+    bad._replace(name=f"{bad.name}-{weights}", weights=weights)
+    for weights in ("int4_32", "mxfp4")
+    for bad in (
+        Bad("none", replace(quant_scales=None), ("quant_scales has 0", "must have 2")),
+        Bad("one", edit("quant_scales", lambda s: s[:1]), ("quant_scales has 1", "group")),
+        Bad("no-scale", scale(0, lambda s: None), ("quant_scales[0] is None",), TypeError),
+        Bad("fc1-rows", scale(0, sliced(96, 1)), ("quant_scales[0]", "[4, 192, 2]", "hidden")),
+        Bad("fc1-groups", scale(0, sliced(0, 2)), ("quant_scales[0]", "[4, 192, 2] (groups of 32")),
+        Bad("fc2-groups", scale(1, sliced(2, 2)), ("quant_scales[1]", "[4, 64, 3] (groups of 32)")),
+        Bad("fc2-experts", scale(1, sliced(3, 0)), ("quant_scales[1]", "[4, 64, 3]", "size 96")),
+        Bad("channels", scale(0, lambda s: s[..., 0].contiguous()), ("[0] has", "[4, 192, 2]")),
+        Bad("int32", both(lambda s: s.int()), ("quant_scales[0] is torch.int32",)),
+        Bad("float64", scale(1, lambda s: s.double()), ("quant_scales[1] is torch.float64",)),
+        Bad("strided", scale(1, strided), ("quant_scales[1] is not contiguous",)),
+        Bad("misaligned", scale(0, misaligned), ("quant_scales[0] starts", "16B-aligned")),
+        Bad("device", scale(1, lambda s: s.to("meta")), ("quant_scales[1] is on meta",)),
+        Bad("fc1-16", edit("fc1_expert_weights", lambda w: w.bfloat16()), ("fc1_", "4-bit")),
+        Bad("fc2-16", edit("fc2_expert_weights", lambda w: w.int()), ("fc2_", "the dtype of fc1")),
+        Bad("fc1-half", edit("fc1_expert_weights", sliced(16, 2)), ("fc1_", "hidden / 2]")),
+        Bad("fc1-not-2I", edit("fc1_expert_weights", sliced(96, 1)), ("fc1_", "[4, 192, 32]")),
+        Bad("fc2-hidden", edit("fc2_expert_weights", sliced(32, 1)), ("fc2_", "intermediate / 2]")),
+        Bad("fc2-rank", edit("fc2_expert_weights", lambda w: w[0]), ("fc2_", "intermediate / 2]")),
+        Bad("input", edit("input", sliced(32, 1)), ("input", "[13, 32]", "must be 64")),
+    )
+] + [
+    Bad("both", scale(1, lambda s: s.bfloat16()), ("quant_scales[1]", "[0]"), weights="int4_32"),
+    Bad("float16", both(lambda s: s.half()), ("[0] is torch.float16",), weights="int4_32"),
+    Bad("e8m0", both(lambda s: s.to(torch.uint8)), ("[0] is torch.uint8",), weights="int4_64"),
+    Bad("float", both(lambda s: s.float()), ("[0] is torch.float32", "E8M0"), weights="mxfp4"),
+    Bad("mxfp4-64", scale(0, joined), ("[4, 192, 1]", "[4, 192, 2] (groups"), weights="mxfp4"),
+    Bad("two-groups", scale(0, joined), ("in groups of 32", "of 64"), weights="int4_32"),
+    Bad("third", scale(1, sliced(2, 2)), ("[4, 64, 6]", " or [4, 64, 3]"), weights="int4_64"),
+    Bad("unsaid", replace(use_packed_weights=False), ("use_packed_weights=T",), weights="int4_32"),
+    Bad("mute", replace(use_w4_group_scaling=False), ("use_w4_group_scaling=",), weights="mxfp4"),
+]
+
+CALLS = [*GENERATED, *SHAPE_CASES, *NUMBER_CASES, *QUANT_CASES, *FOUR_BIT_CASES]

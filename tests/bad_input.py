@@ -3,11 +3,13 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
 from bad_calls import CALLS, TENSORS, Arguments, Bad, edit, misaligned, scale
-from cpu_layer import make_layer
+from cpu_layer import FOUR_BIT, WEIGHTS, make_layer
 from fused_moe import backends, cutlass_fused_moe, cutlass_fused_moe_workspace_size
 
 
@@ -16,7 +18,7 @@ def good(weights: str = "same") -> Arguments:
     arguments = make_layer(
         weights=weights, biases=("fc1", "fc2"), swiglu=("alpha", "beta", "limit")
     )
-    arguments["output"] = torch.full((13, 64), float("nan"), dtype=torch.bfloat16)
+    arguments["output"] = torch.full_like(arguments["input"], float("nan"))
     arguments["workspace_buffer"] = torch.empty(1024, dtype=torch.uint8)
     return arguments
 
@@ -34,7 +36,7 @@ def rejects(arguments: Arguments, error: type[Exception], words: tuple[str, ...]
         assert torch.equal(output.isnan(), before.isnan()), "the output was written"
 
 
-@pytest.mark.parametrize("weights", ["same", "int8", "uint8"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 def test_the_good_call_is_good(weights: str) -> None:
     assert cutlass_fused_moe(**good(weights)).isfinite().all()
 
@@ -49,10 +51,16 @@ def test_bad(bad: Bad) -> None:
 VECTORS = [name for name in TENSORS if name.startswith(("input", "fc"))]
 
 
-@pytest.mark.parametrize("name", [*VECTORS, "quant_scales[0]", "quant_scales[1]"])
-def test_misaligned_where_memory_is_allocated(name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        *itertools.product(VECTORS, WEIGHTS),
+        *itertools.product(("quant_scales[0]", "quant_scales[1]"), WEIGHTS[1:]),
+    ],
+)
+def test_misaligned_where_memory_is_allocated(name: str, weights: str) -> None:
     quantized = name.startswith("quant_scales")
-    arguments = good("int8" if quantized else "same")
+    arguments = good(weights)
     arguments["output"] = arguments["workspace_buffer"] = None
     change = scale(int(name[-2]), misaligned) if quantized else edit(name, misaligned)
     change(arguments)
@@ -72,6 +80,30 @@ def test_multiples(which: str, excess: int, weights: str) -> None:
         multiple = "8" if weights == "same" else "16"
         words = (f"the {which} size", str(64 + excess), f"positive multiple of {multiple}")
         rejects(arguments, ValueError, words)
+
+
+@pytest.mark.parametrize("weights", FOUR_BIT)
+@pytest.mark.parametrize("which", ["hidden", "intermediate"])
+@pytest.mark.parametrize("excess", [2, 8, 16, 24, 33])
+def test_multiples_of_4_bit_weights(which: str, excess: int, weights: str) -> None:
+    """Rows are whole 16-byte pieces: whether they are whole groups too, the scales tell."""
+    arguments = make_layer(weights=weights)
+    hidden, intermediate = arguments["input"].shape[1], 2 * arguments["fc2_expert_weights"].shape[2]
+    if which == "hidden":
+        hidden += excess
+    else:
+        intermediate += excess // 2 * 2  # two a byte: no shape means an odd one
+    arguments["input"] = torch.zeros(13, hidden, dtype=torch.bfloat16)
+    arguments["output"] = torch.full_like(arguments["input"], float("nan"))
+    for name, shape in (
+        ("fc1_expert_weights", (4, 2 * intermediate, hidden // 2)),
+        ("fc2_expert_weights", (4, hidden, intermediate // 2)),
+    ):
+        arguments[name] = torch.zeros(shape, dtype=torch.uint8)
+    words = (f"the {which} size", "positive multiple of 32")
+    if excess == 33 and which == "intermediate":
+        words = ("quant_scales[0] has the shape", "(groups of 32)")
+    rejects(arguments, ValueError, words)
 
 
 @pytest.mark.parametrize("name", ["input", "token_final_scales", "fc2_expert_weights"])

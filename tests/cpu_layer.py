@@ -7,7 +7,14 @@ from typing import Any
 
 import torch
 
-from fused_moe import ActivationType, cutlass_fused_moe, quantize_int8, topk_softmax
+from fused_moe import (
+    ActivationType,
+    cutlass_fused_moe,
+    quantize_int4,
+    quantize_int8,
+    quantize_mxfp4,
+    topk_softmax,
+)
 from fused_moe.reference import reference_moe
 
 # The arguments that the reference does not take: it needs or checks nothing of them.
@@ -21,11 +28,36 @@ _NOT_FOR_REFERENCE = (
 )
 
 
+# The formats of weights, and those of them that hold two weights a byte.
+WEIGHTS = ("same", "int8", "uint8", "int4_32", "int4_64", "int4_128", "mxfp4")
+FOUR_BIT = WEIGHTS[3:]
+
+
+def quantized(
+    weight: torch.Tensor, weights: str, scale_dtype: torch.dtype = torch.float32
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """A floating-point weight in one of the formats but "same": the weight and its scales."""
+    if weights == "mxfp4":
+        return quantize_mxfp4(weight)
+    if weights.startswith("int4"):
+        q, scale = quantize_int4(weight, int(weights.split("_")[1]))
+    else:
+        q, scale = quantize_int8(weight, unsigned=weights == "uint8")
+    return q, scale.to(scale_dtype)
+
+
+def flags(weights: str) -> dict[str, Any]:
+    """The arguments that say what uint8 weights are."""
+    if weights == "mxfp4":
+        return {"use_w4_group_scaling": True}
+    return {"use_packed_weights": True} if weights.startswith("int4") else {}
+
+
 def make_layer(
     *,
     tokens: int = 13,
-    hidden: int = 64,
-    intermediate: int = 48,
+    hidden: int | None = None,
+    intermediate: int | None = None,
     experts: int = 4,
     top_k: int = 2,
     dtype: torch.dtype = torch.bfloat16,
@@ -42,13 +74,18 @@ def make_layer(
     """Random arguments for one call.
 
     Args:
+        hidden, intermediate: None is 64 and 48, or what the groups of 4-bit weights divide.
         experts: those of this rank.
-        weights: "same", "int8" or "uint8".
+        weights: one of WEIGHTS.
         biases: any of "fc1", "fc2".
         swiglu: any of "alpha", "beta", "limit"; limits are small enough to clamp.
         output_dtype: None is dtype.
-        scale_dtype: of quant_scales.
+        scale_dtype: of quant_scales, but MXFP4's.
     """
+    if hidden is None or intermediate is None:
+        multiple = {"int4_64": 64, "int4_128": 128}.get(weights, 32)
+        hidden = hidden or max(64, multiple)
+        intermediate = intermediate or (3 * multiple if weights in FOUR_BIT else 48)
     draw = torch.Generator().manual_seed(seed)
 
     def normal(*shape: int, deviation: float = 1.0) -> torch.Tensor:
@@ -60,9 +97,9 @@ def make_layer(
     fc2 = normal(experts, hidden, intermediate, deviation=intermediate**-0.5).to(dtype)
     quant_scales: list[torch.Tensor] | None = None
     if weights != "same":
-        fc1, scale1 = quantize_int8(fc1, unsigned=weights == "uint8")
-        fc2, scale2 = quantize_int8(fc2, unsigned=weights == "uint8")
-        quant_scales = [scale1.to(scale_dtype), scale2.to(scale_dtype)]
+        fc1, scale1 = quantized(fc1, weights, scale_dtype)
+        fc2, scale2 = quantized(fc2, weights, scale_dtype)
+        quant_scales = [scale1, scale2]
     scales, ids = topk_softmax(normal(tokens, experts * ep_size), top_k)
     arguments = {
         "input": normal(tokens, hidden).to(dtype),
@@ -75,6 +112,7 @@ def make_layer(
         "ep_size": ep_size,
         "ep_rank": ep_rank,
         "activation_type": activation,
+        **flags(weights),
     }
     for name in biases:
         width = rows if name == "fc1" else hidden

@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
-from cpu_layer import make_layer, reference, run
-from fused_moe import ActivationType, cpu, cutlass_fused_moe, quantize_int8, up_gate_from_gate_up
+from cpu_layer import FOUR_BIT, WEIGHTS, make_layer, reference, run
+from fused_moe import ActivationType, cpu, cutlass_fused_moe, up_gate_from_gate_up
 from fused_moe.models import MODELS
 from tolerances import TOLERANCES, assert_close, relative_error
 
@@ -27,7 +27,7 @@ def check(arguments: dict[str, Any]) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("weights", ["same", "int8", "uint8"])
+@pytest.mark.parametrize("weights", WEIGHTS)
 @pytest.mark.parametrize("activation", list(ActivationType), ids=lambda a: a.name)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_activations_and_weights(
@@ -36,17 +36,18 @@ def test_activations_and_weights(
     check(make_layer(dtype=dtype, activation=activation, weights=weights, tokens=37))
 
 
+@pytest.mark.parametrize("weights", ["same", "int8", "int4_32", "mxfp4"])
 @pytest.mark.parametrize("biases", [("fc1",), ("fc2",), ("fc1", "fc2")], ids="+".join)
 @pytest.mark.parametrize("activation", list(ActivationType), ids=lambda a: a.name)
-def test_biases(activation: ActivationType, biases: tuple[str, ...]) -> None:
-    layer = make_layer(activation=activation, biases=biases)
+def test_biases(activation: ActivationType, biases: tuple[str, ...], weights: str) -> None:
+    layer = make_layer(activation=activation, biases=biases, weights=weights)
     out = check(layer)
     for name in biases:
         without = {**layer, f"{name}_expert_biases": None}
         assert relative_error(run(without), out.float()) > 0.05, "the bias made no difference"
 
 
-@pytest.mark.parametrize("weights", ["same", "int8"])
+@pytest.mark.parametrize("weights", ["same", "int8", "int4_64", "mxfp4"])
 @pytest.mark.parametrize(
     "given", [("alpha",), ("beta",), ("limit",), ("alpha", "beta", "limit")], ids="+".join
 )
@@ -80,11 +81,27 @@ def test_output_dtypes(dtype: torch.dtype, output_dtype: torch.dtype) -> None:
     check(make_layer(dtype=dtype, output_dtype=output_dtype, biases=("fc1", "fc2")))
 
 
+@pytest.mark.parametrize("weights", ["int8", "int4_32", "int4_128"])
 @pytest.mark.parametrize("scale_dtype", ["float32", "same"])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_quant_scale_dtypes(dtype: torch.dtype, scale_dtype: str) -> None:
+def test_quant_scale_dtypes(dtype: torch.dtype, scale_dtype: str, weights: str) -> None:
     kind = dtype if scale_dtype == "same" else torch.float32
-    check(make_layer(dtype=dtype, weights="int8", scale_dtype=kind))
+    check(make_layer(dtype=dtype, weights=weights, scale_dtype=kind))
+
+
+def test_both_dtypes_of_e8m0_scales() -> None:
+    layer = make_layer(weights="mxfp4")
+    expected = check(layer)
+    layer["quant_scales"] = [s.view(torch.float8_e8m0fnu) for s in layer["quant_scales"]]
+    assert torch.equal(run(layer), expected)
+
+
+def test_signs_of_scales_matter() -> None:
+    """A scale may be negative: nothing says it is a magnitude."""
+    layer = make_layer(weights="int4_32", activation=ActivationType.Identity)
+    expected = run(layer)
+    layer["quant_scales"][1].neg_()
+    assert torch.equal(check(layer), -expected)
 
 
 def test_without_scales() -> None:
@@ -105,16 +122,39 @@ def test_sizes(sizes: tuple[int, int], tokens: int) -> None:
     assert out.shape == (tokens, hidden)
 
 
+@pytest.mark.parametrize("tokens", [0, 1, 7, 257])
+@pytest.mark.parametrize(
+    ("sizes", "weights"),
+    [
+        ((32, 32), "int4_32"),
+        ((32, 32), "mxfp4"),
+        ((128, 128), "int4_128"),
+        ((96, 352), "int4_32"),
+        ((320, 192), "int4_64"),
+        ((2304, 32), "mxfp4"),
+        ((32, 1856), "int4_32"),
+    ],
+    ids=str,
+)
+def test_sizes_of_4_bit_weights(sizes: tuple[int, int], weights: str, tokens: int) -> None:
+    hidden, intermediate = sizes
+    layer = make_layer(tokens=tokens, hidden=hidden, intermediate=intermediate, weights=weights)
+    assert check(layer).shape == (tokens, hidden)
+
+
+@pytest.mark.parametrize("weights", ["same", "int4_32", "mxfp4"])
 @pytest.mark.parametrize("name", list(MODELS))
-def test_models_at_an_eighth(name: str) -> None:
+def test_models_at_an_eighth(name: str, weights: str) -> None:
     model = MODELS[name]
+    multiple = 8 if weights == "same" else 32
     experts = min(model.num_experts, 16)
     swiglu = ("alpha", "beta", "limit") if model.swiglu_alpha else ()
     check(
         make_layer(
             tokens=9,
-            hidden=model.hidden_size // 8,
-            intermediate=model.intermediate_size // 8,
+            hidden=-(-model.hidden_size // 8 // multiple) * multiple,
+            intermediate=-(-model.intermediate_size // 8 // multiple) * multiple,
+            weights=weights,
             experts=experts,
             top_k=min(model.top_k, experts),
             activation=model.activation,
@@ -129,11 +169,19 @@ def test_expert_counts(experts: int, top_k: int) -> None:
     check(make_layer(tokens=31, experts=experts, top_k=top_k, hidden=32, intermediate=32))
 
 
+@pytest.mark.parametrize("weights", ["same", *FOUR_BIT])
 @pytest.mark.parametrize("ep_size", [2, 4])
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_expert_parallel_ranks_sum_to_the_layer(dtype: torch.dtype, ep_size: int) -> None:
+def test_expert_parallel_ranks_sum_to_the_layer(
+    dtype: torch.dtype, ep_size: int, weights: str
+) -> None:
     whole = make_layer(
-        dtype=dtype, experts=8, top_k=3, biases=("fc1", "fc2"), swiglu=("alpha", "limit")
+        dtype=dtype,
+        experts=8,
+        top_k=3,
+        biases=("fc1", "fc2"),
+        swiglu=("alpha", "limit"),
+        weights=weights,
     )
     whole["output_dtype"] = torch.float32
     sharded = [
@@ -141,21 +189,31 @@ def test_expert_parallel_ranks_sum_to_the_layer(dtype: torch.dtype, ep_size: int
     ]
     for name in ("fc1_expert_biases", "fc2_expert_biases"):
         whole[name] = whole[name].float()
-    total = torch.zeros(13, 64)
+    total = torch.zeros(whole["input"].shape)
     for rank in range(ep_size):
         part = {**whole, "ep_size": ep_size, "ep_rank": rank}
         for name in sharded:
             part[name] = whole[name].chunk(ep_size)[rank].contiguous()
+        if weights != "same":
+            part["quant_scales"] = [s.chunk(ep_size)[rank] for s in whole["quant_scales"]]
         total += check(part)
     assert_close(total, reference(whole), dtype)
 
 
+@pytest.mark.parametrize("weights", ["same", "int4_32", "int4_64", "mxfp4"])
 @pytest.mark.parametrize("tp_size", [2, 4])
 @pytest.mark.parametrize(
     "activation", [ActivationType.Swiglu, ActivationType.Relu2], ids=lambda a: a.name
 )
-def test_tensor_parallel_ranks_sum_to_the_layer(activation: ActivationType, tp_size: int) -> None:
-    whole = make_layer(activation=activation, intermediate=96, biases=("fc1", "fc2"))
+def test_tensor_parallel_ranks_sum_to_the_layer(
+    activation: ActivationType, tp_size: int, weights: str
+) -> None:
+    whole = make_layer(
+        activation=activation,
+        intermediate=96 if weights == "same" else 256,
+        biases=("fc1", "fc2"),
+        weights=weights,
+    )
     whole["output_dtype"] = torch.float32
     for name in ("fc1_expert_biases", "fc2_expert_biases"):
         whole[name] = whole[name].float()
@@ -171,6 +229,10 @@ def test_tensor_parallel_ranks_sum_to_the_layer(activation: ActivationType, tp_s
         part["fc1_expert_biases"] = fc1_shard(whole["fc1_expert_biases"], rank)
         fc2 = whole["fc2_expert_weights"].chunk(tp_size, dim=2)[rank]
         part["fc2_expert_weights"] = fc2.contiguous()
+        if weights != "same":
+            fc1_scale, fc2_scale = whole["quant_scales"]
+            fc2_scale = fc2_scale.chunk(tp_size, dim=2)[rank].contiguous()
+            part["quant_scales"] = [fc1_shard(fc1_scale, rank), fc2_scale]
         total += check(part)
     assert_close(total, reference(whole), torch.bfloat16)
 
@@ -219,8 +281,9 @@ def test_one_expert_takes_everything_in_several_blocks(dtype: torch.dtype) -> No
 
 def test_bfloat16_without_its_instructions(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_bfloat16_is_fast", lambda: False)
-    for weights in ("same", "int8", "uint8"):
-        check(make_layer(weights=weights, hidden=1040, intermediate=1040, experts=2))
+    for weights in WEIGHTS:
+        size = 1152 if weights in FOUR_BIT else 1040
+        check(make_layer(weights=weights, hidden=size, intermediate=size, experts=2))
 
 
 def test_bfloat16_products_are_not_rounded_before_the_activation() -> None:
@@ -261,25 +324,19 @@ def test_output_is_allocated_where_none_is_given() -> None:
     assert out.shape == (13, 64) and torch.equal(out, run(layer))
 
 
+@pytest.mark.parametrize("weights", ["same", "int8", "int4_32", "mxfp4"])
 @pytest.mark.parametrize("activation", GATED, ids=lambda a: a.name)
-def test_gate_is_the_second_half(activation: ActivationType) -> None:
-    layer = make_layer(activation=activation)
+def test_gate_is_the_second_half(activation: ActivationType, weights: str) -> None:
+    layer = make_layer(activation=activation, weights=weights)
     right = run(layer)
-    swapped = {**layer, "fc1_expert_weights": up_gate_from_gate_up(layer["fc1_expert_weights"])}
+
+    def exchanged(layer: dict[str, Any]) -> dict[str, Any]:
+        other = {**layer, "fc1_expert_weights": up_gate_from_gate_up(layer["fc1_expert_weights"])}
+        if weights != "same":
+            fc1_scale, fc2_scale = layer["quant_scales"]
+            other["quant_scales"] = [up_gate_from_gate_up(fc1_scale), fc2_scale]
+        return other
+
+    swapped = exchanged(layer)
     assert relative_error(run(swapped), right.float()) > 0.1, "the order of halves must matter"
-    back = up_gate_from_gate_up(swapped["fc1_expert_weights"])
-    assert torch.equal(run({**layer, "fc1_expert_weights": back}), right)
-
-
-@pytest.mark.parametrize("unsigned", [False, True])
-def test_quantize_int8(unsigned: bool) -> None:
-    weight = torch.randn(3, 20, 32, generator=torch.Generator().manual_seed(0))
-    weight[1, 4] = 0
-    q, scale = quantize_int8(weight, unsigned=unsigned)
-    assert q.dtype == (torch.uint8 if unsigned else torch.int8) and scale.shape == (3, 20)
-    values = (q.float() - (128 if unsigned else 0)) * scale.unsqueeze(2)
-    assert ((values - weight).abs() <= scale.unsqueeze(2) * 0.5001).all()
-    assert not values[1, 4].any() and scale[1, 4] == 1
-    assert torch.equal(values.abs().amax(2)[0], (scale * 127)[0]), "the largest value maps to 127"
-    with pytest.raises(ValueError, match="weight has an infinity"):
-        quantize_int8(torch.full((1, 1, 16), float("inf")))
+    assert torch.equal(run(exchanged(swapped)), right)

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 import fused_moe
-from cpu_layer import make_layer
+from cpu_layer import FOUR_BIT, flags, make_layer
 from fused_moe import _extension, arguments, backends, cuda, cutlass_fused_moe, execute
 from fused_moe import cutlass_fused_moe_workspace_size as workspace_size
 from fused_moe.signature import Signature
@@ -100,7 +100,10 @@ def addresses_of(layer: dict[str, Any]) -> dict[str, int]:
 FULL: dict[str, Any] = {"biases": ("fc1", "fc2"), "swiglu": ("alpha", "beta", "limit")}
 
 
-@pytest.mark.parametrize("options", [{}, FULL, {**FULL, "weights": "int8"}, {"weights": "uint8"}])
+@pytest.mark.parametrize(
+    "options",
+    [{}, FULL, {"weights": "uint8"}, *({**FULL, "weights": w} for w in ("int8", *FOUR_BIT))],
+)
 def test_addresses(extension: Extension, options: dict[str, Any]) -> None:
     layer = make_layer(**options)
     out = cutlass_fused_moe(**layer, backend="sm80")
@@ -108,7 +111,7 @@ def test_addresses(extension: Extension, options: dict[str, Any]) -> None:
     expected = addresses_of(layer)
     assert {name: run[name] for name in expected} == expected
     assert run["output"] == out.data_ptr() and run["stream"] == 77
-    assert out.shape == (13, 64) and out.dtype == torch.bfloat16
+    assert out.shape == layer["input"].shape and out.dtype == torch.bfloat16
     assert run["workspace"] % 16 == 0 and run["workspace_bytes"] == WORKSPACE_BYTES
     assert run["add_fc2_bias"] == ("biases" in options)
 
@@ -131,8 +134,30 @@ def test_problem(extension: Extension) -> None:
         "dtype": 1,
         "output_dtype": 2,
         "weight_format": 2,
+        "group_size": 0,
     }
     assert extension.runs[0]["weight_scale_dtype"] == 0
+
+
+@pytest.mark.parametrize(
+    ("weights", "sizes", "weight_format", "group_size"),
+    [
+        ("same", (64, 48), 0, 0),
+        ("int8", (64, 48), 1, 0),
+        ("int4_32", (64, 96), 3, 32),
+        ("int4_64", (64, 192), 3, 64),
+        ("int4_128", (128, 384), 3, 128),
+        ("mxfp4", (64, 96), 4, 32),
+    ],
+)
+def test_problem_of_a_format(
+    extension: Extension, weights: str, sizes: tuple[int, int], weight_format: int, group_size: int
+) -> None:
+    cutlass_fused_moe(**make_layer(weights=weights), backend="sm80")
+    problem = extension.runs[0]["problem"]
+    assert (problem["hidden_size"], problem["intermediate_size"]) == sizes
+    assert problem["weight_format"] == weight_format
+    assert problem["group_size"] == group_size
 
 
 @pytest.mark.parametrize(
@@ -140,8 +165,18 @@ def test_problem(extension: Extension) -> None:
 )
 def test_weight_scale_dtype(extension: Extension, dtype: torch.dtype, code: int) -> None:
     kind = torch.float16 if dtype == torch.float16 else torch.bfloat16
-    cutlass_fused_moe(**make_layer(weights="int8", dtype=kind, scale_dtype=dtype), backend="sm80")
-    assert extension.runs[0]["weight_scale_dtype"] == code
+    for weights in ("int8", "int4_64"):
+        layer = make_layer(weights=weights, dtype=kind, scale_dtype=dtype)
+        cutlass_fused_moe(**layer, backend="sm80")
+        assert extension.runs.pop()["weight_scale_dtype"] == code
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.float8_e8m0fnu])
+def test_e8m0_scales(extension: Extension, dtype: torch.dtype) -> None:
+    layer = make_layer(weights="mxfp4")
+    layer["quant_scales"] = [scale.view(dtype) for scale in layer["quant_scales"]]
+    cutlass_fused_moe(**layer, backend="sm80")
+    assert extension.runs[0]["weight_scale_dtype"] == 3
 
 
 def test_fc2_bias_is_for_the_first_rank_only(extension: Extension) -> None:
@@ -235,23 +270,76 @@ def test_checks_are_not_skipped_by_a_like_call(extension: Extension, name: str) 
     assert len(extension.runs) == 1
 
 
+@pytest.mark.parametrize("weights", ["int8", *FOUR_BIT])
 def test_workspace_query_describes_the_same_problem(
-    extension: Extension, monkeypatch: pytest.MonkeyPatch
+    extension: Extension, monkeypatch: pytest.MonkeyPatch, weights: str
 ) -> None:
-    cutlass_fused_moe(**make_layer(weights="int8", ep_size=2, ep_rank=1), backend="sm80")
-    seen = []
-    monkeypatch.setattr(
-        Extension, "workspace_size", staticmethod(lambda backend, problem: seen.append(problem))
+    layer = make_layer(weights=weights, ep_size=2, ep_rank=1)
+    cutlass_fused_moe(**layer, backend="sm80")
+    problem = extension.runs[0]["problem"]
+    seen: list[dict[str, int]] = []
+
+    def size(backend: str, problem: dict[str, int]) -> int:
+        seen.append(problem)
+        return len(seen)
+
+    monkeypatch.setattr(Extension, "workspace_size", staticmethod(size))
+
+    def ask(group_size: int | None) -> int:
+        return workspace_size(
+            *(13, problem["hidden_size"], problem["intermediate_size"], 8, 2),
+            x_dtype=torch.bfloat16,
+            weight_dtype=layer["fc1_expert_weights"].dtype,
+            group_size=group_size,
+            ep_size=2,
+            ep_rank=1,
+            backend="sm80",
+            **flags(weights),
+        )
+
+    ask(problem["group_size"])
+    assert seen == [problem]
+    # Where the group size is not said, it is enough for each that the sizes allow.
+    del seen[:]
+    most = ask(None)
+    assert problem in seen and most == len(seen)
+    groups = [p["group_size"] for p in seen]
+    assert (
+        groups
+        == {
+            "int4_32": [32],
+            "int4_64": [32, 64],
+            "int4_128": [32, 64, 128],
+            "mxfp4": [32],
+            "int8": [0],
+        }[weights]
     )
-    workspace_size(
-        *(13, 64, 48, 8, 2),
-        x_dtype=torch.bfloat16,
-        weight_dtype=torch.int8,
-        ep_size=2,
-        ep_rank=1,
-        backend="sm80",
-    )
-    assert seen == [extension.runs[0]["problem"]]
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"use_packed_weights": True, "group_size": 48}, r"group_size is 48.*\[32, 64\]"),
+        ({"use_packed_weights": True, "group_size": 128}, r"group_size is 128.*\[32, 64\]"),
+        ({"use_w4_group_scaling": True, "group_size": 64}, r"group_size is 64.*\[32\]"),
+        ({"group_size": 32}, r"group_size is 32.*\[0\]"),
+    ],
+)
+def test_group_sizes_of_the_workspace_query(options: dict[str, Any], words: str) -> None:
+    sizes = (13, 128, 192, 8, 2)
+    with pytest.raises(ValueError, match=words):
+        workspace_size(
+            *sizes, x_dtype=torch.float16, weight_dtype=torch.uint8, backend="cpu", **options
+        )
+
+
+@pytest.mark.parametrize("flag", ["use_packed_weights", "use_w4_group_scaling"])
+def test_the_workspace_query_checks_4_bit_weights(flag: str) -> None:
+    options: dict[str, Any] = {flag: True, "x_dtype": torch.float16, "backend": "cpu"}
+    with pytest.raises(ValueError, match=f"{flag} is True, which is for 4-bit weights"):
+        workspace_size(13, 64, 64, 8, 2, **options)
+    with pytest.raises(ValueError, match=r"hidden size .* is 48; .*positive multiple of 32"):
+        workspace_size(13, 48, 64, 8, 2, weight_dtype=torch.uint8, **options)
 
 
 def test_without_the_extension(monkeypatch: pytest.MonkeyPatch) -> None:

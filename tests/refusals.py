@@ -44,11 +44,14 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], bool]] = {
         True,
     ),
     "fp4-input": ({"input": torch.uint8}, ("FP4", "input is torch.uint8"), True),
+    "mxfp8-mxfp4": (
+        {"weights": "mxfp4", "use_mxfp8_act_scaling": True},
+        ("FP4", "MXFP8", "use_mxfp8_act_scaling"),
+        True,
+    ),
     "fp4-weights": (dict.fromkeys(BOTH_WEIGHTS, torch.int64), ("FP4", "torch.int64"), True),
     "fp4-scales": ({"input_sf": torch.ones(13, 4)}, ("FP4", "input_sf"), True),
     "mxfp8": ({"use_mxfp8_act_scaling": True}, ("FP4", "MXFP8", "use_mxfp8_act_scaling"), True),
-    "mxfp4": ({"weights": "uint8", "use_w4_group_scaling": True}, ("MXFP4", "INT8"), True),
-    "int4": ({"weights": "uint8", "use_packed_weights": True}, ("INT4", "INT8"), True),
     "min-latency": ({"min_latency_mode": True}, ("Min latency mode",), True),
     "fp32": (
         {"input": torch.float32, **dict.fromkeys(BOTH_WEIGHTS, torch.float32)},
@@ -87,9 +90,10 @@ def test_sm90_is_not_there_yet() -> None:
 
 @pytest.mark.parametrize("backend", ["sm80", "cpu"])
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("flag", [None, "use_packed_weights", "use_w4_group_scaling"])
 @pytest.mark.parametrize("weights", [None, torch.int8, torch.uint8])
 def test_what_is_supported_is_not_refused(
-    backend: str, dtype: torch.dtype, weights: torch.dtype | None
+    backend: str, dtype: torch.dtype, weights: torch.dtype | None, flag: str | None
 ) -> None:
     refusals.check(
         backend,
@@ -97,6 +101,7 @@ def test_what_is_supported_is_not_refused(
         fc1_dtype=weights or dtype,
         fc2_dtype=weights or dtype,
         output_dtype=torch.float16,
+        **({flag: True} if flag else {}),
     )
 
 
@@ -108,7 +113,14 @@ def test_what_is_supported_is_not_refused(
         ({"x_dtype": torch.float32}, "FP32"),
         ({"min_latency_mode": True}, "Min latency mode"),
         ({"use_deepseek_fp8_block_scale": True}, "FP8 block scaling"),
-        ({"weight_dtype": torch.uint8, "use_packed_weights": True}, "INT4"),
+        (
+            {
+                "weight_dtype": torch.uint8,
+                "use_packed_weights": True,
+                "use_w4_group_scaling": True,
+            },
+            "W4A8 group scaling",
+        ),
     ],
 )
 def test_the_workspace_query_refuses_the_same(changes: dict[str, Any], words: str) -> None:

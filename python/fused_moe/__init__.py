@@ -14,7 +14,14 @@ See `cutlass_fused_moe` for the order of the gated rows, which nothing can check
 from fused_moe.activation import ActivationType
 from fused_moe.module import FusedMoE
 from fused_moe.op import cutlass_fused_moe
-from fused_moe.quantization import quantize_int8, up_gate_from_gate_up
+from fused_moe.quantization import (
+    dequantize_int4,
+    dequantize_mxfp4,
+    quantize_int4,
+    quantize_int8,
+    quantize_mxfp4,
+    up_gate_from_gate_up,
+)
 from fused_moe.routing import Routing, topk_softmax
 from fused_moe.workspace import cutlass_fused_moe_workspace_size
 
@@ -27,7 +34,11 @@ __all__ = [
     "__version__",
     "cutlass_fused_moe",
     "cutlass_fused_moe_workspace_size",
+    "dequantize_int4",
+    "dequantize_mxfp4",
+    "quantize_int4",
     "quantize_int8",
+    "quantize_mxfp4",
     "topk_softmax",
     "up_gate_from_gate_up",
 ]

@@ -12,13 +12,24 @@ from typing import Any
 
 import torch
 
-from fused_moe import _extension, backends, refusals, shapes
+from fused_moe import _extension, backends, refusals, scales, shapes
 from fused_moe.activation import ActivationType
 from fused_moe.signature import Signature
 
 # How dtypes and formats of weights are coded for the extension.
 DTYPE_CODES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
-WEIGHTS_AS_INPUT, WEIGHTS_INT8, WEIGHTS_UINT8 = range(3)
+SCALE_CODES = {**DTYPE_CODES, **dict.fromkeys(scales.E8M0, 3)}
+WEIGHTS_AS_INPUT, WEIGHTS_INT8, WEIGHTS_UINT8, WEIGHTS_INT4, WEIGHTS_MXFP4 = range(5)
+
+# What H and I must be multiples of, so that rows of weights are whole 16-byte pieces, and
+# what the error calls the weights. Groups ask for more than 4-bit rows do.
+_MULTIPLES = {
+    WEIGHTS_AS_INPUT: (8, "16-bit"),
+    WEIGHTS_INT8: (16, "8-bit"),
+    WEIGHTS_UINT8: (16, "8-bit"),
+    WEIGHTS_INT4: (32, "INT4"),
+    WEIGHTS_MXFP4: (32, "MXFP4"),
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,12 +40,15 @@ class MoeCall:
         backend: "sm80" or "cpu".
         device: where all tensors lie.
         activation: with Swiglu already turned into SwigluBias where it has parameters.
-        weight_format: WEIGHTS_AS_INPUT, WEIGHTS_INT8 or WEIGHTS_UINT8.
+        weight_format: one of the WEIGHTS_ numbers.
+        group_size: how many weights of a row share a scale; 0 where it is the whole row, or
+            there are none.
         weight_scale_dtype: the dtype code of both quant_scales; 0 without them.
         add_fc2_bias: whether this rank adds fc2_expert_biases.
         workspace_bytes: what the backend needs; 0 on the cpu backend.
         problem: the extension's view of all this; None on the cpu backend.
         nbytes: the size of each tensor argument that is given.
+        tactics: the extension's numbers of GEMM 1's and GEMM 2's; None leaves the choice to it.
     """
 
     backend: str
@@ -49,11 +63,13 @@ class MoeCall:
     input_dtype: torch.dtype
     output_dtype: torch.dtype
     weight_format: int
+    group_size: int
     weight_scale_dtype: int
     add_fc2_bias: bool
     workspace_bytes: int
     problem: Any
     nbytes: dict[str, int]
+    tactics: tuple[int, int] | None = None
 
 
 def check_call(s: Signature) -> MoeCall:
@@ -85,13 +101,26 @@ def check_call(s: Signature) -> MoeCall:
     )
     check_parallelism(s.tp_size, s.tp_rank, s.ep_size, s.ep_rank)
     _check_cluster(s)
-    weight_format = check_dtypes(backend, s.input.dtype, s.fc1_expert_weights.dtype, s.output_dtype)
+    weight_format = check_dtypes(
+        backend,
+        s.input.dtype,
+        s.fc1_expert_weights.dtype,
+        s.output_dtype,
+        use_packed_weights=s.use_packed_weights,
+        use_w4_group_scaling=s.use_w4_group_scaling,
+    )
     _check_tensor_dtypes(s)
     activation = shapes.effective_activation(s)
-    sizes = shapes.check_shapes(s, activation.is_gated)
+    four_bit = weight_format in (WEIGHTS_INT4, WEIGHTS_MXFP4)
+    sizes = shapes.check_shapes(s, activation.is_gated, weights_a_byte=2 if four_bit else 1)
     shapes.check_local_experts("fc1_expert_weights.shape[0]", backend, sizes["num_local_experts"])
     check_multiples(sizes["hidden_size"], sizes["intermediate_size"], weight_format)
-    shapes.check_quant_scales(s, quantized=weight_format != WEIGHTS_AS_INPUT)
+    group_size = 0
+    if four_bit:
+        depths = (sizes["hidden_size"], sizes["intermediate_size"])
+        group_size = scales.check_group_scales(s, depths, mxfp4=weight_format == WEIGHTS_MXFP4)
+    else:
+        scales.check_quant_scales(s, quantized=weight_format != WEIGHTS_AS_INPUT)
     shapes.check_devices(s)
     backends.check_device(backend, s.input.device)
     shapes.check_contiguity(s)
@@ -103,6 +132,7 @@ def check_call(s: Signature) -> MoeCall:
         s.output_dtype,
         weight_format,
         num_experts=s.ep_size * sizes["num_local_experts"],
+        group_size=group_size,
         **sizes,
     )
     shapes.check_workspace(s.workspace_buffer, workspace_bytes)
@@ -113,10 +143,12 @@ def check_call(s: Signature) -> MoeCall:
         input_dtype=s.input.dtype,
         output_dtype=s.output_dtype,
         weight_format=weight_format,
-        weight_scale_dtype=DTYPE_CODES[s.quant_scales[0].dtype] if s.quant_scales else 0,
+        group_size=group_size,
+        weight_scale_dtype=SCALE_CODES[s.quant_scales[0].dtype] if s.quant_scales else 0,
         add_fc2_bias=s.fc2_expert_biases is not None and s.tp_rank == 0,
         workspace_bytes=workspace_bytes,
         problem=problem,
+        tactics=None,
         nbytes={name: meta.nbytes for name, meta in s.tensors().items()},
         **sizes,
     )
@@ -128,6 +160,7 @@ def plan_problem(
     input_dtype: torch.dtype,
     output_dtype: torch.dtype,
     weight_format: int,
+    group_size: int = 0,
     **sizes: int,
 ) -> tuple[Any, int]:
     """Returns the extension's problem and its workspace in bytes; (None, 0) for cpu."""
@@ -139,6 +172,7 @@ def plan_problem(
         dtype=DTYPE_CODES[input_dtype],
         output_dtype=DTYPE_CODES[output_dtype],
         weight_format=weight_format,
+        group_size=group_size,
         **sizes,
     )
     return problem, extension.workspace_size(backend, problem)
@@ -157,10 +191,11 @@ def check_parallelism(tp_size: int, tp_rank: int, ep_size: int, ep_rank: int) ->
 
 def check_multiples(hidden_size: int, intermediate_size: int, weight_format: int) -> None:
     """Raises ValueError unless rows of weights are whole numbers of 16-byte pieces."""
-    multiple, weights = (8, "16-bit") if weight_format == WEIGHTS_AS_INPUT else (16, "8-bit")
+    multiple, weights = _MULTIPLES[weight_format]
+    four_bit = " * 2" if multiple == 32 else ""
     for name, size in (
         ("hidden size (input.shape[1])", hidden_size),
-        ("intermediate size (fc2_expert_weights.shape[2])", intermediate_size),
+        (f"intermediate size (fc2_expert_weights.shape[2]{four_bit})", intermediate_size),
     ):
         if size < multiple or size % multiple:
             raise ValueError(
@@ -216,7 +251,13 @@ def _expect_dtype(name: str, dtype: torch.dtype, allowed: tuple[torch.dtype, ...
 
 
 def check_dtypes(
-    backend: str, input_dtype: torch.dtype, weights: torch.dtype, output_dtype: torch.dtype
+    backend: str,
+    input_dtype: torch.dtype,
+    weights: torch.dtype,
+    output_dtype: torch.dtype,
+    *,
+    use_packed_weights: bool = False,
+    use_w4_group_scaling: bool = False,
 ) -> int:
     """Returns the weight format; raises ValueError for dtypes that no mode has."""
     floating: tuple[torch.dtype, ...] = (torch.float16, torch.bfloat16)
@@ -225,6 +266,17 @@ def check_dtypes(
     _expect_dtype("input", input_dtype, floating)
     _expect_dtype("output_dtype", output_dtype, floating)
     _expect_dtype("fc1_expert_weights", weights, (input_dtype, torch.int8, torch.uint8))
+    for name, flag, weight_format in (
+        ("use_packed_weights", use_packed_weights, WEIGHTS_INT4),
+        ("use_w4_group_scaling", use_w4_group_scaling, WEIGHTS_MXFP4),
+    ):
+        if flag and weights != torch.uint8:
+            raise ValueError(
+                f"{name} is True, which is for 4-bit weights, two a torch.uint8, but "
+                f"fc1_expert_weights is {weights}; leave it False"
+            )
+        if flag:
+            return weight_format
     return {torch.int8: WEIGHTS_INT8, torch.uint8: WEIGHTS_UINT8}.get(weights, WEIGHTS_AS_INPUT)
 
 
@@ -235,12 +287,6 @@ def _check_tensor_dtypes(s: Signature) -> None:
             f"fc2_expert_weights is {s.fc2_expert_weights.dtype}; it must have the dtype of "
             f"fc1_expert_weights, {weights}"
         )
-    for name in ("use_packed_weights", "use_w4_group_scaling"):
-        if getattr(s, name):
-            raise ValueError(
-                f"{name} is True, which is for 4-bit weights in uint8, but fc1_expert_weights is "
-                f"{weights}; leave it False"
-            )
     for name, dtype in (
         ("token_selected_experts", torch.int32),
         ("token_final_scales", torch.float32),

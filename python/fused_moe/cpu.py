@@ -12,7 +12,8 @@ cache, with one exception: bfloat16 on a processor with bfloat16 instructions ta
 float32 too but hand over bfloat16, which costs an error of 1.7e-3 each time. Before the
 activation, which may enlarge it, that is repaired: a second product takes the first one's
 result away from its own sum, and hands over what was rounded off. Both together are off by
-2.5e-6 and still twice as fast as float32. INT8 values are exact in either.
+2.5e-6 and still twice as fast as float32. INT8 values are exact in either, and so is MXFP4 with
+its scales, powers of two; INT4 with its scales is not in bfloat16, and takes float32.
 """
 
 from __future__ import annotations
@@ -26,8 +27,8 @@ from fused_moe.activation import (
     SWIGLU_STEP_LIMIT,
     ActivationType,
 )
-from fused_moe.arguments import WEIGHTS_UINT8, MoeCall
-from fused_moe.quantization import UINT8_OFFSET
+from fused_moe.arguments import WEIGHTS_INT4, WEIGHTS_MXFP4, WEIGHTS_UINT8, MoeCall
+from fused_moe.quantization import UINT8_OFFSET, dequantize_int4, dequantize_mxfp4
 
 # Rows of one expert worked on at once: enough for the full rate of a matrix product.
 ROWS = 1024
@@ -43,40 +44,58 @@ def _bfloat16_is_fast() -> bool:
 
 
 class _Weights:
-    """One of the two weights of all experts, [E_l, N, K], with what makes numbers of it."""
+    """One of the two weights of all experts, [E_l, N, K], with what makes numbers of it.
+
+    4-bit weights are [E_l, N, K / 2] with the scales [E_l, N, K / group]; other scales are
+    those of channels, [E_l, N].
+    """
 
     def __init__(
         self,
         call: MoeCall,
         weights: torch.Tensor,
-        channel_scales: torch.Tensor | None,
+        scales: torch.Tensor | None,
         biases: torch.Tensor | None,
         *,
         repair: bool,
     ) -> None:
         self.weights = weights
-        self.channel_scales = channel_scales
+        self.format = call.weight_format
+        self.group_scales = scales if call.group_size else None
+        self.channel_scales = None if call.group_size else scales
         self.biases = biases
-        self.unsigned = call.weight_format == WEIGHTS_UINT8
         self.dtype = torch.float32
-        if call.input_dtype == torch.bfloat16 and _bfloat16_is_fast():
+        if (
+            call.input_dtype == torch.bfloat16
+            and self.format != WEIGHTS_INT4
+            and _bfloat16_is_fast()
+        ):
             self.dtype = torch.bfloat16
         self.repair = repair and self.dtype == torch.bfloat16
-        depth = weights.shape[2]
+        depth = weights.shape[2] * (2 if call.group_size else 1)
         self.columns = COLUMNS
         if weights.dtype != self.dtype:
             self.columns = max(CONVERTED // depth, 16)
+
+    def _numbers(self, expert: int, begin: int, end: int) -> torch.Tensor:
+        """Rows of an expert's weight, [end - begin, K] of `self.dtype`, channel scales apart."""
+        block = self.weights[expert, begin:end]
+        if self.group_scales is not None:
+            scales = self.group_scales[expert, begin:end]
+            dequantize = dequantize_mxfp4 if self.format == WEIGHTS_MXFP4 else dequantize_int4
+            return dequantize(block, scales, self.dtype)
+        if block.dtype != self.dtype:
+            block = block.to(self.dtype)
+            if self.format == WEIGHTS_UINT8:
+                block -= UINT8_OFFSET
+        return block
 
     def product(self, x: torch.Tensor, expert: int, begin: int, end: int) -> torch.Tensor:
         """x @ weights[expert, begin:end].T, scaled, with the bias: float32 [rows, end - begin].
 
         x is [rows, K] of `self.dtype`.
         """
-        block = self.weights[expert, begin:end]
-        if block.dtype != self.dtype:
-            block = block.to(self.dtype)
-            if self.unsigned:
-                block -= UINT8_OFFSET
+        block = self._numbers(expert, begin, end)
         rounded = torch.nn.functional.linear(x, block)
         y = rounded.float()
         if self.repair:

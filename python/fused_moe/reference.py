@@ -12,6 +12,14 @@ import torch
 
 from fused_moe.activation import ActivationType
 
+# E2M1, MXFP4's numbers, by its definition: the bits s, ee, m mean (-1)^s * m / 2 where ee is 0,
+# else (-1)^s * 2^(ee - 1) * (1 + m / 2).
+_E2M1 = [
+    (-1) ** (code >> 3)
+    * (code % 2 / 2 if code // 2 % 4 == 0 else 2.0 ** (code // 2 % 4 - 1) * (1 + code % 2 / 2))
+    for code in range(16)
+]
+
 
 def reference_activation(
     h: torch.Tensor,
@@ -53,9 +61,32 @@ def reference_activation(
 
 
 def dequantize(
-    weight: torch.Tensor, scale: torch.Tensor | None, dtype: torch.dtype
+    weight: torch.Tensor,
+    scale: torch.Tensor | None,
+    dtype: torch.dtype,
+    *,
+    int4: bool = False,
+    mxfp4: bool = False,
 ) -> torch.Tensor:
-    """One expert's weight [N, K] in `dtype`: q * scale for int8, (u - 128) * scale for uint8."""
+    """One expert's weight as [N, K] of `dtype`.
+
+    q * scale for int8, (u - 128) * scale for uint8, with the scale [N]. Of `int4` and `mxfp4`
+    the weight is [N, K / 2] and the scale [N, K / group]: a byte holds weights 2i and 2i + 1,
+    low nibble first, each u - 8 or an E2M1 number, whose scales are powers 2^(s - 127).
+    """
+    if int4 or mxfp4:
+        assert scale is not None
+        rows, half = weight.shape
+        nibbles = torch.empty(rows, 2 * half, dtype=torch.long, device=weight.device)
+        nibbles[:, 0::2] = weight % 16
+        nibbles[:, 1::2] = weight // 16
+        if int4:
+            values, steps = (nibbles - 8).to(dtype), scale.to(dtype)
+        else:
+            values = torch.tensor(_E2M1, dtype=dtype, device=weight.device)[nibbles]
+            exponents = scale.view(torch.uint8).double() - 127
+            steps = torch.pow(2.0, exponents).to(dtype)
+        return values * steps.repeat_interleave(2 * half // scale.shape[1], dim=1)
     values = weight.to(dtype)
     if weight.dtype == torch.uint8:
         values = values - 128
@@ -80,11 +111,14 @@ def reference_moe(
     tp_rank: int = 0,
     ep_rank: int = 0,
     activation_type: ActivationType | int = ActivationType.Swiglu,
+    use_packed_weights: bool = False,
+    use_w4_group_scaling: bool = False,
     dtype: torch.dtype = torch.float32,
 ) -> torch.Tensor:
     """The layer of `cutlass_fused_moe` (same names, same shapes), computed in `dtype`.
 
-    Takes any floating dtypes, and INT8 weights with two `quant_scales`. Checks nothing.
+    Takes any floating dtypes, and INT8, INT4 (use_packed_weights) and MXFP4
+    (use_w4_group_scaling) weights with two `quant_scales`. Checks nothing.
 
     Returns:
         [M, H] of `dtype` (float32, or float64 to judge float32 itself): not rounded to any
@@ -102,12 +136,17 @@ def reference_moe(
     def parameter(values: torch.Tensor | None, expert: int) -> float | None:
         return None if values is None else float(values[expert])
 
+    def numbers(weights: torch.Tensor, scale: torch.Tensor | None) -> torch.Tensor:
+        return dequantize(
+            weights, scale, dtype, int4=use_packed_weights, mxfp4=use_w4_group_scaling
+        )
+
     for expert in range(num_local_experts):
         token, slot = torch.where(token_selected_experts == ep_rank * num_local_experts + expert)
         if token.numel() == 0:
             continue
         fc1_scale, fc2_scale = (s[expert] for s in quant_scales) if quant_scales else (None, None)
-        h = input[token].to(dtype) @ dequantize(fc1_expert_weights[expert], fc1_scale, dtype).T
+        h = input[token].to(dtype) @ numbers(fc1_expert_weights[expert], fc1_scale).T
         if fc1_expert_biases is not None:
             h = h + fc1_expert_biases[expert].to(dtype)
         a = reference_activation(
@@ -117,7 +156,7 @@ def reference_moe(
             parameter(swiglu_beta, expert),
             parameter(swiglu_limit, expert),
         )
-        y = a @ dequantize(fc2_expert_weights[expert], fc2_scale, dtype).T
+        y = a @ numbers(fc2_expert_weights[expert], fc2_scale).T
         if fc2_expert_biases is not None and tp_rank == 0:
             y = y + fc2_expert_biases[expert].to(dtype)
         if token_final_scales is not None:

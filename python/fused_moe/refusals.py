@@ -22,8 +22,8 @@ _PACKED_FP4 = {
 }
 
 _USE = (
-    "Use float16 or bfloat16 activations, with weights of the same dtype or INT8 weights (int8 "
-    "or uint8, see fused_moe.quantize_int8)."
+    "Use float16 or bfloat16 activations, with weights of the same dtype, or INT8, INT4 or MXFP4 "
+    "weights (see fused_moe.quantize_int8, quantize_int4 and quantize_mxfp4)."
 )
 
 
@@ -91,17 +91,6 @@ def check(
             "FP4 or MXFP8 activations (input_sf, their block scales, is given)",
             "they need block-scaled matrix instructions, which begin with Blackwell.",
         )
-    if torch.uint8 in (fc1_dtype, fc2_dtype):
-        if use_w4_group_scaling:
-            refuse(
-                "MXFP4 weights (uint8 with use_w4_group_scaling), an FP4 format,",
-                "this version has 16-bit and INT8 weights.",
-            )
-        if use_packed_weights:
-            refuse(
-                "INT4 weights (uint8 with use_packed_weights)",
-                "this version has 16-bit and INT8 weights.",
-            )
     if backend != "cpu":
         for name, dtype in (
             ("input", input_dtype),

@@ -63,15 +63,22 @@ def effective_activation(s: Signature) -> ActivationType:
     return activation
 
 
-def _expect_shape(name: str, meta: Meta | None, shape: tuple[int, ...], what: str) -> None:
+def expect_shape(name: str, meta: Meta | None, shape: tuple[int, ...], what: str) -> None:
+    """Raises ValueError, saying `what` the shape is, where `meta` is given and has another."""
     if meta is not None and tuple(meta.shape) != shape:
         raise ValueError(
             f"{name} has the shape {list(meta.shape)}; it must be {list(shape)}, {what}"
         )
 
 
-def check_shapes(s: Signature, gated: bool) -> dict[str, int]:
+def check_shapes(s: Signature, gated: bool, weights_a_byte: int = 1) -> dict[str, int]:
     """Checks every shape but those of quant_scales against the others.
+
+    Args:
+        s: the call.
+        gated: whether fc1 has 2I rows.
+        weights_a_byte: 2 for 4-bit weights, whose last dimension is half of H or I; 1 for
+            others, one an element.
 
     Returns:
         num_tokens, hidden_size, intermediate_size, num_local_experts and top_k.
@@ -79,11 +86,12 @@ def check_shapes(s: Signature, gated: bool) -> dict[str, int]:
     Raises:
         ValueError: a wrong rank or size.
     """
+    half = " / 2" if weights_a_byte == 2 else ""
     for name, meta, rank, what in (
         ("input", s.input, 2, "[tokens, hidden]"),
         ("token_selected_experts", s.token_selected_experts, 2, "[tokens, experts a token]"),
-        ("fc1_expert_weights", s.fc1_expert_weights, 3, "[experts, rows, hidden]"),
-        ("fc2_expert_weights", s.fc2_expert_weights, 3, "[experts, hidden, intermediate]"),
+        ("fc1_expert_weights", s.fc1_expert_weights, 3, f"[experts, rows, hidden{half}]"),
+        ("fc2_expert_weights", s.fc2_expert_weights, 3, f"[experts, hidden, intermediate{half}]"),
     ):
         if len(meta.shape) != rank:
             raise ValueError(
@@ -91,8 +99,9 @@ def check_shapes(s: Signature, gated: bool) -> dict[str, int]:
                 f"{rank}, {what}"
             )
     num_tokens, hidden = s.input.shape
-    experts, _, fc1_hidden = s.fc1_expert_weights.shape
-    fc2_hidden, intermediate = s.fc2_expert_weights.shape[1:]
+    experts, _, fc1_depth = s.fc1_expert_weights.shape
+    fc2_hidden, fc2_depth = s.fc2_expert_weights.shape[1:]
+    fc1_hidden, intermediate = fc1_depth * weights_a_byte, fc2_depth * weights_a_byte
     if fc1_hidden == fc2_hidden != hidden:
         raise ValueError(
             f"input has the shape {list(s.input.shape)}; its second dimension must be "
@@ -100,20 +109,27 @@ def check_shapes(s: Signature, gated: bool) -> dict[str, int]:
         )
     if experts < 1:
         raise ValueError("fc1_expert_weights has no expert; its first dimension must be 1 or more")
-    _expect_shape(
+    expect_shape(
         "fc2_expert_weights",
         s.fc2_expert_weights,
-        (experts, hidden, intermediate),
-        "[experts of fc1_expert_weights, hidden size of input, intermediate]",
+        (experts, hidden, fc2_depth),
+        f"[experts of fc1_expert_weights, hidden size of input, intermediate{half}]",
     )
     name = ActivationType(s.activation_type).name
     rows = 2 * intermediate if gated else intermediate
     kind = (
-        f"[experts, 2 * intermediate, hidden]: {name} is gated, with the rows [up; gate]"
+        f"[experts, 2 * intermediate, hidden{half}]: {name} is gated, with the rows [up; gate]"
         if gated
-        else f"[experts, intermediate, hidden]: {name} is not gated"
+        else f"[experts, intermediate, hidden{half}]: {name} is not gated"
     )
-    _expect_shape("fc1_expert_weights", s.fc1_expert_weights, (experts, rows, hidden), kind)
+    packed = weights_a_byte == 2
+    if not packed and s.fc1_expert_weights.dtype == torch.uint8 and 2 * fc1_depth == hidden:
+        kind += (
+            ". Two 4-bit weights a byte are asked for by use_packed_weights=True (INT4) or "
+            "use_w4_group_scaling=True (MXFP4)"
+        )
+    fc1_shape = (experts, rows, hidden // weights_a_byte)
+    expect_shape("fc1_expert_weights", s.fc1_expert_weights, fc1_shape, kind)
     top_k = s.token_selected_experts.shape[1]
     if top_k < 1:
         raise ValueError(
@@ -121,18 +137,18 @@ def check_shapes(s: Signature, gated: bool) -> dict[str, int]:
             "must be 1 or more"
         )
     slots = (num_tokens, top_k)
-    _expect_shape(
+    expect_shape(
         "token_selected_experts", s.token_selected_experts, slots, "one row a token of input"
     )
     check_slots("the size of token_selected_experts", num_tokens, top_k)
-    _expect_shape(
+    expect_shape(
         "token_final_scales", s.token_final_scales, slots, "the shape of token_selected_experts"
     )
-    _expect_shape("fc1_expert_biases", s.fc1_expert_biases, (experts, rows), "one a row of fc1")
-    _expect_shape("fc2_expert_biases", s.fc2_expert_biases, (experts, hidden), "one a row of fc2")
+    expect_shape("fc1_expert_biases", s.fc1_expert_biases, (experts, rows), "one a row of fc1")
+    expect_shape("fc2_expert_biases", s.fc2_expert_biases, (experts, hidden), "one a row of fc2")
     for parameter in ("swiglu_alpha", "swiglu_beta", "swiglu_limit"):
-        _expect_shape(parameter, getattr(s, parameter), (experts,), "one an expert of this rank")
-    _expect_shape("output", s.output, (num_tokens, hidden), "the shape of input")
+        expect_shape(parameter, getattr(s, parameter), (experts,), "one an expert of this rank")
+    expect_shape("output", s.output, (num_tokens, hidden), "the shape of input")
     return {
         "num_tokens": num_tokens,
         "hidden_size": hidden,
@@ -157,40 +173,6 @@ def check_local_experts(name: str, backend: str, num_local_experts: int) -> None
         raise ValueError(
             f"{name} is {num_local_experts}; it must be at most {MAX_LOCAL_EXPERTS} on backend "
             f"'{backend}': spread the experts over more ranks with ep_size"
-        )
-
-
-def check_quant_scales(s: Signature, *, quantized: bool) -> None:
-    """Raises ValueError unless there are the scales that the weights' dtype needs."""
-    weights = s.fc1_expert_weights
-    if not quantized:
-        if s.quant_scales:
-            raise ValueError(
-                f"quant_scales has {len(s.quant_scales)} tensors; it must be [] or None with "
-                f"weights of {weights.dtype}"
-            )
-        return
-    if len(s.quant_scales) != 2:
-        raise ValueError(
-            f"quant_scales has {len(s.quant_scales)} tensors; with weights of {weights.dtype} it "
-            "must have 2: fc1's [experts, rows] and fc2's [experts, hidden]"
-        )
-    for index, (name, meta) in enumerate(
-        (("fc1_expert_weights", weights), ("fc2_expert_weights", s.fc2_expert_weights))
-    ):
-        scale = s.quant_scales[index]
-        _expect_shape(
-            f"quant_scales[{index}]", scale, tuple(meta.shape[:2]), f"one a row of {name}"
-        )
-        if scale.dtype not in (torch.float32, s.input.dtype):
-            raise ValueError(
-                f"quant_scales[{index}] is {scale.dtype}; it must be torch.float32 or the dtype of "
-                f"input, {s.input.dtype}"
-            )
-    if s.quant_scales[0].dtype != s.quant_scales[1].dtype:
-        raise ValueError(
-            f"quant_scales[1] is {s.quant_scales[1].dtype}; it must have the dtype of "
-            f"quant_scales[0], {s.quant_scales[0].dtype}"
         )
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_moe import arguments, backends, refusals, shapes
+from fused_moe import arguments, backends, refusals, scales, shapes
 from fused_moe.activation import ActivationType
 
 
@@ -30,6 +30,7 @@ def cutlass_fused_moe_workspace_size(
     min_latency_mode: bool = False,
     use_packed_weights: bool = False,
     use_fused_finalize: bool | None = None,
+    group_size: int | None = None,
     device: torch.device | str | None = None,
     backend: str | None = None,
 ) -> int:
@@ -47,9 +48,12 @@ def cutlass_fused_moe_workspace_size(
         num_experts: E, those of all ranks: a multiple of ep_size.
         top_k: k, experts a token.
         x_dtype: dtype of the input.
-        weight_dtype: dtype of the weights; None is x_dtype.
+        weight_dtype: dtype of the weights; None is x_dtype. torch.uint8 with
+            use_packed_weights is INT4, with use_w4_group_scaling MXFP4.
         output_dtype: None is x_dtype.
         activation_type, tp_size, tp_rank, ep_size, ep_rank, use_...: as in the call.
+        group_size: how many INT4 weights of a row share a scale: 32, 64 or 128. None is enough
+            for each that the sizes allow.
         device: where the call will run, if `backend` is None; None is the current CUDA
             device, or the CPU where there is none.
         backend: as in the call.
@@ -77,8 +81,16 @@ def cutlass_fused_moe_workspace_size(
         min_latency_mode=min_latency_mode,
     )
     arguments.check_parallelism(tp_size, tp_rank, ep_size, ep_rank)
-    weight_format = arguments.check_dtypes(name, x_dtype, weight_dtype, output_dtype)
+    weight_format = arguments.check_dtypes(
+        name,
+        x_dtype,
+        weight_dtype,
+        output_dtype,
+        use_packed_weights=use_packed_weights,
+        use_w4_group_scaling=use_w4_group_scaling,
+    )
     arguments.check_multiples(hidden_size, intermediate_size, weight_format)
+    groups = _groups_of(weight_format, (hidden_size, intermediate_size), group_size)
     for argument, value, least in (
         ("num_tokens", num_tokens, 0),
         ("num_experts", num_experts, 1),
@@ -93,18 +105,44 @@ def cutlass_fused_moe_workspace_size(
     shapes.check_slots("num_tokens * top_k", num_tokens, top_k)
     num_local_experts = num_experts // ep_size
     shapes.check_local_experts("num_experts / ep_size", name, num_local_experts)
-    _, nbytes = arguments.plan_problem(
-        name,
-        shapes.activation_of(activation_type),
-        x_dtype,
-        output_dtype,
-        weight_format,
-        num_tokens=num_tokens,
-        hidden_size=hidden_size,
-        intermediate_size=intermediate_size,
-        num_experts=num_experts,
-        num_local_experts=num_local_experts,
-        first_local_expert=ep_rank * num_local_experts,
-        top_k=top_k,
-    )
-    return nbytes
+    plans = [
+        arguments.plan_problem(
+            name,
+            shapes.activation_of(activation_type),
+            x_dtype,
+            output_dtype,
+            weight_format,
+            group_size=group,
+            num_tokens=num_tokens,
+            hidden_size=hidden_size,
+            intermediate_size=intermediate_size,
+            num_experts=num_experts,
+            num_local_experts=num_local_experts,
+            first_local_expert=ep_rank * num_local_experts,
+            top_k=top_k,
+        )
+        for group in groups
+    ]
+    return max(nbytes for _, nbytes in plans)
+
+
+def _groups_of(
+    weight_format: int, depths: tuple[int, int], group_size: int | None
+) -> tuple[int, ...]:
+    """The group sizes that weights of this format, H and I deep, may have; (0,) without groups.
+
+    Raises:
+        ValueError: `group_size` is given and is not one of them.
+    """
+    groups: tuple[int, ...] = (0,)
+    if weight_format in (arguments.WEIGHTS_INT4, arguments.WEIGHTS_MXFP4):
+        mxfp4 = weight_format == arguments.WEIGHTS_MXFP4
+        groups = scales.fitting_groups(depths, mxfp4=mxfp4)
+    if group_size is None:
+        return groups
+    if group_size not in groups:
+        raise ValueError(
+            f"group_size is {group_size}; with these weights and sizes it must be one of "
+            f"{list(groups)}, or None"
+        )
+    return (group_size,)
