@@ -1,0 +1,99 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Layers over several processes: gloo on the CPU everywhere, NCCL where there are two GPUs."""
+
+from __future__ import annotations
+
+import functools
+
+import pytest
+import torch
+
+from parallel_world import PASSED, run_world
+
+EVERYWHERE = (
+    "replicated_exact",
+    "replicated_formats",
+    "replicated_same_bits",
+    "dispatched_exact",
+    "dispatched_without_scales",
+    "dispatched_formats",
+    "dispatched_same_bits",
+    "ranks_that_disagree",
+)
+FOUR_RANKS = ("meshes", "groups_of_some_ranks")
+ON_GPUS = ("captured", "same_as_one_gpu")
+DEATHS = (
+    "one_rank_dies_replicated",
+    "one_rank_dies_dispatched",
+    "one_rank_dies_padded",
+    "one_rank_hangs",
+)
+
+
+def names_for(size: int, backend: str) -> tuple[str, ...]:
+    names: tuple[str, ...] = EVERYWHERE
+    if size == 4:
+        names += FOUR_RANKS
+    return names + ON_GPUS if backend == "nccl" else names
+
+
+@functools.cache
+def world(size: int, backend: str) -> dict[str, list[str]]:
+    return run_world(size, names_for(size, backend), backend=backend)
+
+
+def require_gpus(count: int) -> None:
+    """Skips where there are fewer; `--config=gpu` makes it a failure where there is none at all."""
+    found = torch.cuda.device_count()
+    if found == 0:
+        pytest.skip("needs two GPUs, and PyTorch sees none")
+    if found < count:
+        pytest.skip(f"needs {count} CUDA devices, and there are {found}")
+
+
+def check(results: dict[str, list[str]], name: str, but: int | None = None) -> None:
+    for rank, result in enumerate(results[name]):
+        assert rank == but or result == PASSED, f"rank {rank} of {len(results[name])}:\n{result}"
+
+
+@pytest.mark.parametrize("name", names_for(2, "gloo"))
+def test_two_processes(name: str) -> None:
+    check(world(2, "gloo"), name)
+
+
+@pytest.mark.parametrize("name", names_for(4, "gloo"))
+def test_four_processes(name: str) -> None:
+    check(world(4, "gloo"), name)
+
+
+@pytest.mark.parametrize("name", names_for(2, "nccl"))
+def test_two_gpus(name: str) -> None:
+    require_gpus(2)
+    check(world(2, "nccl"), name)
+
+
+@pytest.mark.parametrize("name", names_for(4, "nccl"))
+def test_four_gpus(name: str) -> None:
+    require_gpus(4)
+    check(world(4, "nccl"), name)
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_rank_that_dies_makes_the_others_fail(name: str) -> None:
+    results = run_world(3, [name], group_timeout=3, deadline=30)
+    assert results[name][1] != PASSED or name == "one_rank_hangs"
+    check(results, name, but=1)
+
+
+@pytest.mark.parametrize("name", DEATHS)
+def test_a_rank_that_dies_makes_the_other_gpu_fail(name: str) -> None:
+    require_gpus(2)
+    results = run_world(
+        2,
+        [name],
+        backend="nccl",
+        group_timeout=5,
+        deadline=60,
+        environment={"TORCH_NCCL_BLOCKING_WAIT": "1"},
+    )
+    check(results, name, but=1)
