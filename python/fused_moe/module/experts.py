@@ -13,6 +13,8 @@ from fused_moe.module.formats import WeightFormat
 from fused_moe.module.tensors import (
     InferenceModule,
     check_tokens,
+    copied,
+    is_aligned,
     parameter,
     refuse_gradients,
 )
@@ -210,7 +212,7 @@ class Experts(InferenceModule):
             RuntimeError: a gradient is required.
             and what `cutlass_fused_moe` raises.
         """
-        refuse_gradients(x, self.fc1_weight, self.fc2_weight)
+        refuse_gradients(x, self.fc1_weight, self.fc2_weight, self.fc1_bias, self.fc2_bias)
         check_tokens("x", x, self.hidden_size)
         return cutlass_fused_moe(
             x,
@@ -241,11 +243,18 @@ class Experts(InferenceModule):
         unexpected_keys: list[str],
         error_msgs: list[str],
     ) -> None:
-        """As every module, but a format that is not this module's is an error.
+        """As every module, but for two things.
 
-        A copy from int8 to float16 or from float32 to uint8 would convert numbers that mean
-        something else.
+        A format that is not this module's is an error: a copy from int8 to float16 or from
+        float32 to uint8 would convert numbers that mean something else. And with `assign`,
+        tensors that start anywhere in a file, as safetensors maps it, are copied: kernels want
+        them aligned.
         """
+        if local_metadata.get("assign_to_params_buffers", False):
+            for name in (*self._parameters, *self._buffers):
+                tensor = state_dict.get(prefix + name)
+                if tensor is not None and not is_aligned(tensor):
+                    state_dict[prefix + name] = copied(tensor)
         for name in _STORED:
             own, given = getattr(self, name), state_dict.get(prefix + name)
             if own is None or given is None:

@@ -81,6 +81,6 @@ class Router(InferenceModule):
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales [M, k] float32 and ids [M, k] int32 for the tokens x [M, H]."""
-        refuse_gradients(x, self.weight)
+        refuse_gradients(x, self.weight, self.bias)
         check_tokens("x", x, self.weight.shape[1])
         return self.routing(self.logits(x), self.correction_bias)

@@ -81,7 +81,7 @@ class SharedExperts(InferenceModule):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[M, H] in the dtype of x, of x [M, H] in the dtype of the weights."""
-        refuse_gradients(x, self.gate_up_weight)
+        refuse_gradients(x, self.gate_up_weight, self.down_weight, self.scale_gate_weight)
         check_tokens("x", x, self.gate_up_weight.shape[1])
         h = torch.nn.functional.linear(x, self.gate_up_weight)
         if self.activation.is_gated:

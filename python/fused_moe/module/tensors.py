@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+# What `cutlass_fused_moe` wants of the addresses of weights, biases and scales.
+ALIGNMENT = 16
+
 
 def parameter(
     shape: tuple[int, ...], dtype: torch.dtype | None, device: torch.device | str | None
@@ -51,9 +54,9 @@ class InferenceModule(torch.nn.Module):
         return ", ".join(shown)
 
 
-def refuse_gradients(*tensors: torch.Tensor) -> None:
+def refuse_gradients(*tensors: torch.Tensor | None) -> None:
     """Raises RuntimeError where autograd would have to follow one of the tensors."""
-    if torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors):
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
         raise RuntimeError(
             "FusedMoE is for inference: no gradient flows through it, but its input or one of its "
             "parameters requires one; call it under torch.inference_mode() or torch.no_grad(), or "
@@ -71,11 +74,21 @@ def check_tokens(name: str, x: torch.Tensor, hidden_size: int) -> None:
 
 
 def owned(tensor: torch.Tensor) -> torch.Tensor:
-    """The tensor itself if it is contiguous and all of its storage, else a copy.
+    """The tensor itself if it is contiguous, aligned and all of its storage, else a copy.
 
     So no two tensors of a module share memory, which safetensors refuses to save, and a part
     of a checkpoint does not keep the whole of it alive.
     """
     tensor = tensor.detach()
     whole = tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
-    return tensor if whole and tensor.is_contiguous() else tensor.clone().contiguous()
+    return tensor if whole and tensor.is_contiguous() and is_aligned(tensor) else copied(tensor)
+
+
+def is_aligned(tensor: torch.Tensor) -> bool:
+    """Whether kernels can load from the tensor's address; a tensor of a mapped file may not be."""
+    return tensor.is_meta or tensor.data_ptr() % ALIGNMENT == 0
+
+
+def copied(tensor: torch.Tensor) -> torch.Tensor:
+    """A contiguous copy in memory of its own, which the allocator aligns."""
+    return torch.empty_like(tensor, memory_format=torch.contiguous_format).copy_(tensor)
