@@ -23,6 +23,7 @@ from fused_moe.quantization import (
     up_gate_from_gate_up,
 )
 from fused_moe.routing import Routing, topk_softmax
+from fused_moe.tuning import autotune
 from fused_moe.workspace import cutlass_fused_moe_workspace_size
 
 __version__ = "0.1.0"
@@ -32,6 +33,7 @@ __all__ = [
     "FusedMoE",
     "Routing",
     "__version__",
+    "autotune",
     "cutlass_fused_moe",
     "cutlass_fused_moe_workspace_size",
     "dequantize_int4",

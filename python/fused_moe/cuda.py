@@ -92,7 +92,7 @@ def launch(
     else:
         workspace_bytes = workspace_buffer.shape[0]
     # By position: looking two dozen names up costs two microseconds.
-    extension.run(
+    arguments = (
         call.backend,
         call.problem,
         _raw_stream(index),
@@ -114,4 +114,8 @@ def launch(
         workspace_bytes,
         call.add_fc2_bias,
     )
+    if call.tactics is None:
+        extension.run(*arguments)
+    else:
+        extension.run(*arguments, call.tactics)
     return output

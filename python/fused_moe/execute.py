@@ -16,11 +16,15 @@ import torch
 from fused_moe import cpu, cuda, shapes
 from fused_moe.arguments import MoeCall, check_call
 from fused_moe.signature import describe, sign
+from fused_moe.tuning import tuner
 
 # The calls that passed their checks. Signatures repeat: a serving process has a few hundred. A
 # bound, because M may vary freely.
 _passed: dict[tuple[Any, ...], MoeCall] = {}
 _MOST_PASSED = 4096
+
+# What tuning finds, calls pick up when they are looked at anew.
+tuner.on_change = lambda: _passed.clear()
 
 
 def execute(
@@ -122,12 +126,9 @@ def execute(
     except TypeError:
         # A value that cannot be hashed fits no argument: the checks say which.
         call, usual = None, False
+    first = call is None
     if call is None:
         call = check_call(sign(locals()))
-        if len(_passed) >= _MOST_PASSED:
-            _passed.clear()
-        if usual:
-            _passed[key] = call
 
     fc1_scales = fc2_scales = None
     fc1_scales_address = fc2_scales_address = 0
@@ -171,6 +172,16 @@ def execute(
                 ),
             },
         )
+    if first:
+        generation: int | None = tuner.generation
+        if call.backend != "cpu" and call.num_tokens:
+            call, generation = tuner.settle(call, locals())
+        if usual:
+            if len(_passed) >= _MOST_PASSED:
+                _passed.clear()
+            _passed[key] = call
+            if generation != tuner.generation:  # another thread tuned meanwhile
+                _passed.pop(key, None)
     if call.backend != "cpu" and call.num_tokens:
         return cuda.launch(
             call,
