@@ -26,10 +26,22 @@ TP_SIZES = (1, 2, 4, 8)
 # their H and I and lose experts.
 MAX_WEIGHT_NUMBERS = 1_700_000_000
 
+# The formats of weights, and the groups of weights that share a scale; 0 is a whole row.
+WEIGHTS = {
+    "same": 0,
+    "int8": 0,
+    "uint8": 0,
+    "int4_32": 32,
+    "int4_64": 64,
+    "int4_128": 128,
+    "mxfp4": 32,
+}
+FOUR_BIT = tuple(weights for weights, group in WEIGHTS.items() if group)
+
 # The factors that are not part of the (model, TP, tokens) grid, and their values.
 FACTORS: dict[str, tuple[object, ...]] = {
     "dtype": ("bfloat16", "float16"),
-    "weights": ("same", "int8", "uint8"),
+    "weights": tuple(WEIGHTS),
     "activation": tuple(ActivationType),
     "ep_size": (1, 2, 4),
     "routing": ("uniform", "few_experts", "one_expert", "duplicates", "outside", "garbage"),
@@ -80,6 +92,21 @@ class Case:
         return self.intermediate * (2 if self.activation.is_gated else 1)
 
     @property
+    def group_size(self) -> int:
+        """How many weights of a row share a scale; 0 where it is the whole row, or none."""
+        return WEIGHTS[self.weights]
+
+    @property
+    def weights_a_byte(self) -> int:
+        """2 for 4-bit weights, which are elements of half the depth; 1 for others."""
+        return 2 if self.weights in FOUR_BIT else 1
+
+    @property
+    def multiple(self) -> int:
+        """What H and I must be multiples of."""
+        return multiple_of(self.weights)
+
+    @property
     def weight_numbers(self) -> int:
         """Numbers in fc1 and fc2 together."""
         return self.experts * self.hidden * (self.rows + self.intermediate)
@@ -101,9 +128,17 @@ class Case:
         return "-".join(words)
 
     def accepted(self) -> bool:
-        """Whether the sizes are ones the interface takes: multiples of 8, of 16 for INT8."""
-        multiple = 8 if self.weights == "same" else 16
-        return self.hidden % multiple == 0 and self.intermediate % multiple == 0
+        """Whether the sizes are ones the interface takes."""
+        return self.hidden % self.multiple == 0 and self.intermediate % self.multiple == 0
+
+
+def multiple_of(weights: str) -> int:
+    """What H and I must be multiples of: 8, 16 for 8-bit weights, the group for 4-bit ones."""
+    return WEIGHTS[weights] or (8 if weights == "same" else 16)
+
+
+def _up(size: int, multiple: int) -> int:
+    return -(-size // multiple) * multiple
 
 
 def experts_that_fit(wanted: int, hidden: int, intermediate: int, gated: bool) -> int:
@@ -122,6 +157,9 @@ def factor_pairs(case: Case) -> Iterator[tuple[tuple[str, object], tuple[str, ob
 def _candidate(model: str, tp_size: int, tokens: int, draw: random.Random) -> Case | None:
     shape = MODELS[model]
     values = {factor: draw.choice(choices) for factor, choices in FACTORS.items()}
+    # As many cases of 16-bit weights as of 8-bit ones, and twice as many of 4-bit ones.
+    if draw.random() < 0.15:
+        values["weights"] = "same"
     # Half of the cases keep the model's own activation: it is what people run.
     if draw.random() < 0.3:
         values["activation"] = shape.activation
@@ -129,12 +167,17 @@ def _candidate(model: str, tp_size: int, tokens: int, draw: random.Random) -> Ca
     activation = values["activation"]
     assert isinstance(ep_size, int) and isinstance(activation, ActivationType)
     intermediate = shape.intermediate_size // tp_size
+    hidden = shape.hidden_size
+    # Where groups do not divide a model's sizes, its neighbours above are taken.
+    group = WEIGHTS[str(values["weights"])]
+    if group:
+        hidden, intermediate = _up(hidden, group), _up(intermediate, group)
     local = experts_that_fit(
-        -(-shape.num_experts // ep_size), shape.hidden_size, intermediate, activation.is_gated
+        -(-shape.num_experts // ep_size), hidden, intermediate, activation.is_gated
     )
     case = Case(
         name=model,
-        hidden=shape.hidden_size,
+        hidden=hidden,
         intermediate=intermediate,
         experts=local,
         top_k=min(shape.top_k, local * ep_size),
@@ -186,6 +229,12 @@ def edge_cases() -> list[Case]:
         for tokens, weights in itertools.product((1, 33, 300), ("same", "int8")):
             routing = "uniform" if k <= experts else "duplicates"
             add("k", tokens, 256, 128, experts, k, weights=weights, routing=routing)
+    for number, (tokens, (k, experts)) in enumerate(
+        itertools.product((1, 33, 300), ((1, 8), (8, 8), (5, 7), (4, 2)))
+    ):
+        routing = "uniform" if k <= experts else "duplicates"
+        weights = FOUR_BIT[number % 4]
+        add("k", tokens, 256, 128, experts, k, weights=weights, routing=routing)
     # Sizes that divide no tile, down to the smallest that is accepted.
     sizes = (8, 16, 24, 40, 72, 96, 104, 136, 176, 200, 232, 264, 328, 352, 464, 520)
     for number, hidden in enumerate(sizes):
@@ -196,10 +245,32 @@ def edge_cases() -> list[Case]:
         inter = (16, 48, 80, 96, 144, 176, 304, 336)[(number * 3 + 1) % 8]
         for tokens, weights in ((3, "int8"), (150, "uint8"), (700, "int8")):
             add("odd", tokens, hidden, inter, 6, 2, weights=weights, biases="both")
+    # The same of 4-bit weights, in groups: odd numbers of them among others.
+    for weights in FOUR_BIT:
+        group = WEIGHTS[weights]
+        for number, groups in enumerate((1, 2, 3, 5, 7, 9)):
+            inter = (1, 3, 4, 5, 9, 11)[(number * 5 + 2) % 6] * group
+            dtype = ("bfloat16", "float16")[number % 2]
+            for tokens in (3, 150) if number % 2 else (40, 700):
+                hidden = groups * group
+                add("odd", tokens, hidden, inter, 6, 2, weights=weights, biases="both", dtype=dtype)
+    # gpt-oss's layer at its own width, in the format of its checkpoints, and in INT4.
+    for number, tokens in enumerate((1, 4, 16, 64, 300, 2000)):
+        for weights in ("mxfp4", "int4_32", "int4_64"):
+            add(
+                *("gpt_oss", tokens, 2880, 2880, 8, 4),
+                activation=ActivationType.SwigluBias,
+                weights=weights,
+                dtype=("bfloat16", "float16")[number % 2],
+                biases="both",
+                swiglu="all",
+            )
     # Token counts around every power of two and around the sizes of tiles and of blocks.
     for power in (4, 5, 6, 7, 8, 9, 10, 11, 12, 13):
         for tokens in (2**power - 1, 2**power, 2**power + 1):
             add("tokens", tokens, 128, 64, 8, 2)
+        weights = ("int4_32", "int4_64", "mxfp4")[power % 3]
+        add("tokens", 2**power + 1, 128, 64, 8, 2, weights=weights)
     # Every routing with many experts, and every routing with duplicates at every size.
     for routing, tokens in itertools.product(
         ("uniform", "few_experts", "one_expert", "duplicates", "outside", "garbage"),
@@ -208,6 +279,8 @@ def edge_cases() -> list[Case]:
         add("routing", tokens, 64, 48, 512, 10, routing=routing)
         add("routing", tokens, 64, 48, 16, 16, routing=routing, dtype="float16")
         add("routing", tokens, 64, 48, 4, 2, routing=routing, ep_size=4, ep_rank=2)
+        weights = ("int4_32", "mxfp4")[tokens % 2]
+        add("routing", tokens, 64, 96, 16, 4, routing=routing, weights=weights)
     # Routing across the one-launch limit, and up to more than 65536 tokens.
     for experts, k in ((1, 1), (8, 2), (64, 6), (384, 8), (512, 10), (1024, 3), (2048, 2)):
         for tokens in (3, 200, 511, 2049, 9000, 33000):
@@ -216,7 +289,7 @@ def edge_cases() -> list[Case]:
         add("slots", tokens, 32, 16, 8, 2)
         add("slots", tokens, 32, 16, 128, 8, routing="outside")
     # Top-10 of 512 experts at Qwen3-Next's own size.
-    for tokens, weights in itertools.product((1, 64, 1000), ("same", "int8")):
+    for tokens, weights in itertools.product((1, 64, 1000), ("same", "int8", "int4_128", "mxfp4")):
         add("top10", tokens, 2048, 512, 512, 10, weights=weights)
     return cases
 
@@ -228,11 +301,9 @@ def sanitizer_cases() -> list[Case]:
     activations = tuple(ActivationType)
     shapes = ((72, 40), (128, 96), (264, 176), (136, 64))
     for number, (tokens, dtype, weights) in enumerate(
-        itertools.product((1, 5, 70, 200), ("bfloat16", "float16"), ("same", "int8", "uint8"))
+        itertools.product((1, 5, 70, 200), ("bfloat16", "float16"), WEIGHTS)
     ):
-        hidden, inter = shapes[number % len(shapes)]
-        if weights != "same":
-            hidden, inter = -(-hidden // 16) * 16, -(-inter // 16) * 16
+        hidden, inter = (_up(size, multiple_of(weights)) for size in shapes[number % len(shapes)])
         cases.append(
             Case(
                 "sanitizer",

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 import os
 from collections.abc import Iterator
 from typing import Any
@@ -18,7 +19,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import MAX_WEIGHT_NUMBERS, Case
+from cases import FOUR_BIT, MAX_WEIGHT_NUMBERS, Case
 from fused_moe import ActivationType, cutlass_fused_moe, cutlass_fused_moe_workspace_size
 from fused_moe import _extension as extension
 from fused_moe.reference import reference_moe
@@ -29,7 +30,8 @@ DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16}
 # Weights are normal with this standard deviation: with H and I from 64 to 16384 both products
 # then have values between 0.1 and 2, where neither dtype overflows nor loses bits.
 WEIGHT_DEVIATION = 1 / 64
-_INT8_DEVIATION = 73.9  # of int8 drawn uniformly from all 256 values
+# The root mean square of weights whose bits are drawn at random.
+_DEVIATIONS = {"int8": 73.9, "uint8": 73.9, "int4": 4.64, "mxfp4": 2.93}
 _GUARD = 64  # elements on each side
 _GUARD_BYTE = 0xA5
 _POOL_GAPS = 3 * 2 * _GUARD
@@ -86,8 +88,8 @@ _pool = _WeightPool()
 def _pool_weights(case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     """fc1 and fc2 as windows of the pool, NaN before, between and after them meanwhile."""
     dtype = weight_dtype(case)
-    count1 = case.experts * case.rows * case.hidden
-    count2 = case.experts * case.hidden * case.intermediate
+    shape1, shape2 = weight_shapes(case)
+    count1, count2 = math.prod(shape1), math.prod(shape2)
     pool = _pool.numbers(dtype, count1 + count2 + _POOL_GAPS + 64)
     # 16 bytes is all the alignment that is promised: start at an odd multiple of it.
     odd = 16 // dtype.itemsize
@@ -100,17 +102,20 @@ def _pool_weights(case: Case) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
     try:
         for a, b in gaps:
             pool[a:b] = float("nan") if dtype.is_floating_point else 127
-        fc1 = pool[begin1:end1].view(case.experts, case.rows, case.hidden)
-        fc2 = pool[begin2:end2].view(case.experts, case.hidden, case.intermediate)
-        yield fc1, fc2
+        yield pool[begin1:end1].view(shape1), pool[begin2:end2].view(shape2)
     finally:
         for (a, b), values in zip(gaps, saved, strict=True):
             pool[a:b] = values
 
 
 def guarded(values: torch.Tensor, alignment: int = 16) -> torch.Tensor:
-    """A copy of `values` with NaN (or a large number) around it, `alignment` bytes aligned."""
+    """A copy of `values` with NaN (or a large number) around it, `alignment` bytes aligned.
+
+    Bytes are taken for E8M0 scales, whose NaN is 255.
+    """
     fill = float("nan") if values.is_floating_point() else 0x5A5A5A5A
+    if values.dtype == torch.uint8:
+        fill = 255
     odd = alignment // values.element_size()  # past a multiple of 128 bytes
     flat = torch.full(
         (values.numel() + 2 * _GUARD + odd,), fill, dtype=values.dtype, device=values.device
@@ -206,6 +211,7 @@ class Layer:
             self.output_dtype,
             self.quant_scales,
             activation_type=self.case.activation,
+            **weight_flags(self.case),
             **self.optional,
             **self.parallel,
             **changes,
@@ -221,6 +227,7 @@ class Layer:
             self.fc1,
             self.fc2,
             self.quant_scales,
+            **weight_flags(self.case),
             **self.optional,
             tp_rank=self.case.tp_rank,
             ep_rank=self.case.ep_rank,
@@ -241,7 +248,25 @@ def output_dtype(case: Case) -> torch.dtype:
 
 def weight_dtype(case: Case) -> torch.dtype:
     """The dtype of a case's weights."""
+    if case.weights in FOUR_BIT:
+        return torch.uint8
     return DTYPES[case.dtype] if case.weights == "same" else getattr(torch, case.weights)
+
+
+def weight_flags(case: Case) -> dict[str, Any]:
+    """The arguments that say what uint8 weights are."""
+    if case.weights == "mxfp4":
+        return {"use_w4_group_scaling": True}
+    return {"use_packed_weights": True} if case.weights in FOUR_BIT else {}
+
+
+def weight_shapes(case: Case) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """The shapes of fc1 and fc2."""
+    packing = case.weights_a_byte
+    return (
+        (case.experts, case.rows, case.hidden // packing),
+        (case.experts, case.hidden, case.intermediate // packing),
+    )
 
 
 def workspace_bytes(case: Case) -> int:
@@ -260,7 +285,9 @@ def workspace_bytes(case: Case) -> int:
         tp_rank=case.tp_rank,
         ep_size=case.ep_size,
         ep_rank=case.ep_rank,
+        group_size=case.group_size or None,
         backend="sm80",
+        **weight_flags(case),
     )
 
 
@@ -287,10 +314,7 @@ def _optional_tensors(case: Case) -> dict[str, torch.Tensor]:
 
 def _own_weights(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     """fc1 and fc2 in allocations of just their size."""
-    shapes = (
-        (case.experts, case.rows, case.hidden),
-        (case.experts, case.hidden, case.intermediate),
-    )
+    shapes = weight_shapes(case)
     if case.weights == "same":
         fc1, fc2 = (torch.randn(s, device="cuda") * WEIGHT_DEVIATION for s in shapes)
         return fc1.to(DTYPES[case.dtype]), fc2.to(DTYPES[case.dtype])
@@ -298,6 +322,22 @@ def _own_weights(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
     dtype = weight_dtype(case)
     fc1, fc2 = (torch.randint(low, high, s, dtype=dtype, device="cuda") for s in shapes)
     return fc1, fc2
+
+
+def _quant_scales(case: Case) -> list[torch.Tensor]:
+    """Scales, one a row or one a group, with which weights have about WEIGHT_DEVIATION."""
+    if case.weights == "same":
+        return []
+    shapes: list[tuple[int, ...]] = [(case.experts, case.rows), (case.experts, case.hidden)]
+    if case.group_size:
+        depths = (case.hidden, case.intermediate)
+        shapes = [(*s, d // case.group_size) for s, d in zip(shapes, depths, strict=True)]
+    if case.weights == "mxfp4":
+        # 2^-9, 2^-8 and 2^-7.
+        return [torch.randint(118, 121, s, dtype=torch.uint8, device="cuda") for s in shapes]
+    dtype = torch.float32 if case.weight_scales == "float32" else DTYPES[case.dtype]
+    scale = WEIGHT_DEVIATION / _DEVIATIONS[case.weights.split("_")[0]]
+    return [((torch.rand(s, device="cuda") + 0.5) * scale).to(dtype) for s in shapes]
 
 
 @contextlib.contextmanager
@@ -314,13 +354,7 @@ def realized(case: Case, exact: bool = False) -> Iterator[Layer]:
         return tensor.clone() if exact else guarded(tensor, alignment)
 
     ids, scales = route(case)
-    quant_scales = []
-    if case.weights != "same":
-        scale_dtype = torch.float32 if case.weight_scales == "float32" else dtype
-        for length in (case.rows, case.hidden):
-            values = torch.rand(case.experts, length, device="cuda") + 0.5
-            values *= WEIGHT_DEVIATION / _INT8_DEVIATION
-            quant_scales.append(placed(values.to(scale_dtype)))
+    quant_scales = [placed(scale) for scale in _quant_scales(case)]
     optional = {
         name: placed(tensor, 4 if name.startswith("swiglu") else 16)
         for name, tensor in _optional_tensors(case).items()

@@ -29,7 +29,16 @@ _SMALL = Case("calls", 256, 192, experts=8, top_k=2, tokens=37)
 _INT8 = dataclasses.replace(_SMALL, weights="int8", biases="both", tokens=130)
 _LARGE = dataclasses.replace(_SMALL, tokens=6000, dtype="float16", routing="garbage")
 _ONE = dataclasses.replace(_SMALL, tokens=1, experts=64, top_k=6)
-_ALL = (_SMALL, _INT8, _LARGE, _ONE)
+_INT4 = dataclasses.replace(_SMALL, weights="int4_64", biases="both", tokens=130)
+_MXFP4 = dataclasses.replace(
+    _SMALL,
+    weights="mxfp4",
+    activation=ActivationType.SwigluBias,
+    swiglu="all",
+    biases="both",
+    tokens=9,
+)
+_ALL = (_SMALL, _INT8, _LARGE, _ONE, _INT4, _MXFP4)
 
 
 def _name(case: Case) -> str:
@@ -217,7 +226,7 @@ def test_a_batch_is_the_sum_of_its_parts() -> None:
             assert_close(part.run(), expected[begin:end], layer.input.dtype)
 
 
-@pytest.mark.parametrize("weights", ["same", "int8"])
+@pytest.mark.parametrize("weights", ["same", "int8", "int4_32", "int4_64", "mxfp4"])
 @pytest.mark.parametrize("size", [2, 4])
 def test_ranks_add_up(size: int, weights: str) -> None:
     """The partial results of all TP ranks, or of all EP ranks, sum to the whole layer."""
@@ -227,6 +236,10 @@ def test_ranks_add_up(size: int, weights: str) -> None:
         whole = layer.reference()
         tp_sum, ep_sum = torch.zeros_like(whole), torch.zeros_like(whole)
         part = case.intermediate // size
+
+        def along_k(tensor: torch.Tensor, rank: int) -> torch.Tensor:
+            return tensor.chunk(size, dim=2)[rank].contiguous()
+
         for rank in range(size):
             columns = slice(rank * part, (rank + 1) * part)
 
@@ -238,8 +251,13 @@ def test_ranks_add_up(size: int, weights: str) -> None:
                 layer,
                 case=dataclasses.replace(case, intermediate=part, tp_size=size, tp_rank=rank),
                 fc1=up_and_gate(layer.fc1),
-                fc2=layer.fc2[:, :, columns].contiguous(),
-                quant_scales=[up_and_gate(layer.quant_scales[0]), layer.quant_scales[1]]
+                fc2=along_k(layer.fc2, rank),
+                quant_scales=[
+                    up_and_gate(layer.quant_scales[0]),
+                    along_k(layer.quant_scales[1], rank)
+                    if case.group_size
+                    else layer.quant_scales[1],
+                ]
                 if layer.quant_scales
                 else [],
                 optional={
@@ -262,19 +280,74 @@ def test_ranks_add_up(size: int, weights: str) -> None:
         assert_close(ep_sum, whole, layer.input.dtype)
 
 
-def test_torch_compile_takes_it_whole() -> None:
+@pytest.mark.parametrize("case", [_SMALL, _INT8, _INT4, _MXFP4], ids=_name)
+def test_torch_compile_takes_it_whole(case: Case) -> None:
     require_sm80()
-    with realized(_SMALL) as layer:
+    with realized(case) as layer:
 
         def step(x: torch.Tensor) -> torch.Tensor:
-            y = cutlass_fused_moe(
-                x * 2, layer.ids, layer.scales, layer.fc1, layer.fc2, torch.bfloat16, []
-            )
-            return y + 1
+            return dataclasses.replace(layer, input=x * 2).run() + 1
 
         compiled = torch.compile(step, fullgraph=True, backend="aot_eager")
         x = layer.input.clone()
         assert same_bits(compiled(x), step(x))
+
+
+@pytest.mark.parametrize("tokens", [1, 40, 700])
+def test_scales_of_every_size(tokens: int) -> None:
+    """E8M0 scales over 60 powers of two: no product or weight is lost on the way to bfloat16."""
+    require_sm80()
+    case = dataclasses.replace(
+        _SMALL, weights="mxfp4", tokens=tokens, activation=ActivationType.Identity
+    )
+    with realized(case) as layer:
+        for exponent in (-40, -20, 0, 20):
+            fc1_scale, fc2_scale = layer.quant_scales
+            fc1_scale.random_(118 + exponent, 121 + exponent)
+            fc2_scale.random_(118 - exponent, 121 - exponent)
+            check(layer, layer.run())
+
+
+@pytest.mark.parametrize("weights", ["int4_32", "int4_64", "int4_128", "mxfp4"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_each_code_and_each_group_has_its_own_value(dtype: str, weights: str) -> None:
+    """Inputs and weights with one number each: the result is that weight's value, exactly."""
+    require_sm80()
+    case = Case(
+        *("codes", 256, 128, 1, 1, 256),
+        dtype=dtype,
+        weights=weights,
+        activation=ActivationType.Identity,
+    )
+    with realized(case) as layer:
+        group = case.group_size
+        # Row n of fc2 copies column n % I of what fc1 gives, and input k picks fc1's column k.
+        layer.input.copy_(torch.eye(256, device="cuda"))
+        layer.ids.zero_()
+        assert layer.scales is not None
+        layer.scales.fill_(1)
+        one = 0x2 if weights == "mxfp4" else 0x9  # the code of the number 1
+        zero = 0x0 if weights == "mxfp4" else 0x8
+        codes = torch.full((256, 128), zero, dtype=torch.uint8, device="cuda")
+        rows = torch.arange(256, device="cuda")
+        codes[rows, rows % 128] = one
+        layer.fc2[0] = codes[:, ::2] | (codes[:, 1::2] << 4)
+        powers = torch.arange(128 * (256 // group), device="cuda").view(1, 128, -1) % 7 - 3
+        fc1_scale, fc2_scale = layer.quant_scales
+        if weights == "mxfp4":
+            fc1_scale.copy_(powers + 127)
+            fc2_scale.fill_(127)
+        else:
+            fc1_scale.copy_(torch.exp2(powers.float()))
+            fc2_scale.fill_(1)
+        numbers = (0, 0.5, 1, 1.5, 2, 3, 4, 6, 0, -0.5, -1, -1.5, -2, -3, -4, -6)
+        values = torch.arange(-8.0, 8.0) if weights != "mxfp4" else torch.tensor(numbers)
+        stored = torch.stack((layer.fc1[0] & 15, layer.fc1[0] >> 4), dim=2).view(128, 256)
+        weight = values.cuda()[stored.long()] * torch.exp2(powers[0].float()).repeat_interleave(
+            group, dim=1
+        )
+        out = layer.run().float()
+        assert torch.equal(out, weight.T.repeat(1, 2))
 
 
 def test_a_second_gpu() -> None:

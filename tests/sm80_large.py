@@ -8,12 +8,21 @@ at random ones between, which is where an index that wraps around shows.
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import pytest
 import torch
 
-from cases import Case
-from gpu_layer import check, output_dtype, realized, require_sm80, workspace_bytes
+from cases import FOUR_BIT, Case
+from gpu_layer import (
+    check,
+    output_dtype,
+    realized,
+    require_sm80,
+    weight_dtype,
+    weight_shapes,
+    workspace_bytes,
+)
 
 _GIB = 2**30
 
@@ -35,6 +44,8 @@ _LARGE = {
         "large", 4096, 64, experts=8, top_k=8, tokens=70000, routing="one_expert", biases="both"
     ),
     "int8": Case("large", 4096, 128, experts=8, top_k=8, tokens=70000, weights="int8"),
+    "int4": Case("large", 4096, 128, experts=8, top_k=8, tokens=70000, weights="int4_128"),
+    "mxfp4": Case("large", 4096, 128, experts=8, top_k=8, tokens=70000, weights="mxfp4"),
     "garbage": Case("large", 4096, 64, experts=8, top_k=8, tokens=70000, routing="garbage"),
 }
 
@@ -57,14 +68,15 @@ def test_activations_beyond_2_to_31(name: str) -> None:
             assert all(bool(chunk.any(dim=1).all()) for chunk in out.split(1 << 16))
 
 
-@pytest.mark.parametrize("weights", ["same", "int8"])
+@pytest.mark.parametrize("weights", ["same", "int8", "int4_32", "int4_128", "mxfp4"])
 def test_weights_beyond_2_to_31(weights: str) -> None:
-    """128 experts of DeepSeek-V3's size: fc1 alone has 3.8e9 numbers."""
+    """128 experts of DeepSeek-V3's size: fc1 alone has 3.8e9 numbers; 256 of them in 4 bits."""
     require_sm80()
-    size = 2 if weights == "same" else 1
-    case = Case("large", 7168, 2048, experts=128, top_k=8, tokens=96, weights=weights)
-    assert case.experts * case.rows * case.hidden > 2**31
-    _need_memory(6 + case.weight_numbers * size / _GIB)
+    experts = 256 if weights in FOUR_BIT else 128
+    case = Case("large", 7168, 2048, experts=experts, top_k=8, tokens=96, weights=weights)
+    assert math.prod(weight_shapes(case)[0]) > 2**31
+    size = weight_dtype(case).itemsize / case.weights_a_byte
+    _need_memory(6 + case.weight_numbers * size * (1.5 if case.group_size else 1) / _GIB)
     small = dataclasses.replace(case, experts=1, top_k=1)
     with realized(small) as one:
         # Random numbers are made in one expert's size and scaled for each: it is quick, and a
@@ -80,7 +92,13 @@ def test_weights_beyond_2_to_31(weights: str) -> None:
         else:
             fc1 = one.fc1.expand(case.experts, -1, -1).contiguous()
             fc2 = one.fc2.expand(case.experts, -1, -1).contiguous()
-            quant_scales = [s.expand(case.experts, -1) * factor[:, None] for s in one.quant_scales]
+            steps = factor.view(-1, *[1] * (one.quant_scales[0].ndim - 1))
+            quant_scales = [s.expand(case.experts, *s.shape[1:]) for s in one.quant_scales]
+            if weights == "mxfp4":  # powers of two, then
+                steps = (torch.arange(case.experts, device="cuda") % 3 - 1).view(-1, 1, 1)
+                quant_scales = [(s + steps).to(torch.uint8) for s in quant_scales]
+            else:
+                quant_scales = [s * steps for s in quant_scales]
         ids = torch.rand(case.tokens, case.experts, device="cuda").topk(case.top_k).indices
         layer = dataclasses.replace(
             one,

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 
-from cases import TOKENS, Case
+from cases import TOKENS, WEIGHTS, Case, multiple_of
 from fused_moe import ActivationType, arguments
 from fused_moe import _extension as extension
 from fused_moe.models import MODELS
@@ -53,12 +53,23 @@ CHIPS = {
     "L40": Chip(142, 99 * 1024, 100 * 1024),
     "H200": Chip(132, 227 * 1024, 228 * 1024),
 }
-_FORMATS = {"same": 0, "int8": 1, "uint8": 2}
+
+
+def format_of(weights: str) -> int:
+    """The extension's number of a format of weights."""
+    numbers: tuple[int, ...] = (
+        arguments.WEIGHTS_AS_INPUT,
+        arguments.WEIGHTS_INT8,
+        arguments.WEIGHTS_UINT8,
+        arguments.WEIGHTS_INT4,
+        arguments.WEIGHTS_MXFP4,
+    )
+    return numbers[("same", "int8", "uint8", "int4", "mxfp4").index(weights.split("_")[0])]
 
 
 def tactics_for(weights: str) -> list[Any]:
     """All tactics, with the stages and the shared memory that they have for these weights."""
-    tactics: list[Any] = C.tactics("sm80", weight_format=_FORMATS[weights])
+    tactics: list[Any] = C.tactics("sm80", weight_format=format_of(weights))
     return tactics
 
 
@@ -69,7 +80,8 @@ def problem_of(case: Case) -> Any:
         case.activation,
         DTYPES[case.dtype],
         output_dtype(case),
-        _FORMATS[case.weights],
+        format_of(case.weights),
+        group_size=case.group_size,
         num_tokens=case.tokens,
         hidden_size=case.hidden,
         intermediate_size=case.intermediate,
@@ -109,7 +121,7 @@ def _choose(case: Case, chip: Chip) -> list[Any]:
 
 
 @_needs_build
-@pytest.mark.parametrize("weights", list(_FORMATS))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_the_extension_has_the_sm80_backend(weights: str) -> None:
     assert "sm80" in C.BACKENDS
     assert "sm80" in C.BUILT_FOR
@@ -119,14 +131,14 @@ def test_the_extension_has_the_sm80_backend(weights: str) -> None:
         assert tactic.tile_m % 16 == 0 and tactic.tile_n % 8 == 0 and tactic.tile_k % 16 == 0
         assert tactic.threads % 32 == 0 and 32 <= tactic.threads <= 1024
         assert tactic.stages >= 2
-        size = 2 if weights == "same" else 1
+        size = {"same": 2, "int8": 1, "uint8": 1}.get(weights, 0.5)
         stage = tactic.tile_m * tactic.tile_k * 2 + tactic.tile_n * tactic.tile_k * size
         assert tactic.shared_memory >= tactic.stages * stage
 
 
 @_needs_build
 @pytest.mark.parametrize("chip", list(CHIPS))
-@pytest.mark.parametrize("weights", list(_FORMATS))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_the_choice_fits_every_chip(weights: str, chip: str) -> None:
     for case in model_cases(weights):
         for tactic in _choose(case, CHIPS[chip]):
@@ -134,7 +146,7 @@ def test_the_choice_fits_every_chip(weights: str, chip: str) -> None:
 
 
 @_needs_build
-@pytest.mark.parametrize("weights", list(_FORMATS))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_the_choice_follows_the_rows_an_expert_gets(weights: str) -> None:
     for case in model_cases(weights):
         rows = case.tokens * case.top_k / case.experts
@@ -147,7 +159,7 @@ def test_the_choice_follows_the_rows_an_expert_gets(weights: str) -> None:
 
 
 @_needs_build
-@pytest.mark.parametrize("weights", list(_FORMATS))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_fewer_tactics_fit_less_shared_memory(weights: str) -> None:
     case = Case("fit", 4096, 14336, 8, 2, 512, weights=weights)
     fitting = [
@@ -160,7 +172,7 @@ def test_fewer_tactics_fit_less_shared_memory(weights: str) -> None:
 
 
 @_needs_build
-@pytest.mark.parametrize("weights", list(_FORMATS))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_the_workspace_is_within_its_bound(weights: str) -> None:
     for case in model_cases(weights):
         slots = case.tokens * case.top_k
@@ -168,8 +180,9 @@ def test_the_workspace_is_within_its_bound(weights: str) -> None:
         assert 0 <= workspace_bytes(case) <= bound, case.id
     # The routing's own lists, where they weigh most: narrow rows, many experts.
     for experts, tokens in itertools.product((1, 8, 512, 2048), (1, 100, 10000, 200000)):
-        case = Case("narrow", 16, 16, experts, 4, tokens, weights=weights)
-        assert workspace_bytes(case) <= 2 * (16 + 2 * 16) * tokens * 4 + 2**20, case.id
+        width = max(16, multiple_of(weights))
+        case = Case("narrow", width, width, experts, 4, tokens, weights=weights)
+        assert workspace_bytes(case) <= 2 * (width + 2 * width) * tokens * 4 + 2**20, case.id
 
 
 @contextlib.contextmanager
@@ -193,13 +206,17 @@ _TACTICS_SHAPES = {
 
 @_needs_build
 @pytest.mark.parametrize("shape", list(_TACTICS_SHAPES))
-@pytest.mark.parametrize("weights", list(_FORMATS))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_every_tactic_is_right(weights: str, shape: str) -> None:
     """Each tactic as GEMM 1's and as GEMM 2's, beside all others in turn."""
     require_sm80()
     case = dataclasses.replace(_TACTICS_SHAPES[shape], weights=weights)
-    if not case.accepted():
-        case = dataclasses.replace(case, hidden=336)
+    multiple = case.multiple
+    case = dataclasses.replace(
+        case,
+        hidden=-(-case.hidden // multiple) * multiple,
+        intermediate=-(-case.intermediate // multiple) * multiple,
+    )
     limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
     with realized(case) as layer:
         assert layer.fc1.dtype == weight_dtype(case)
@@ -220,7 +237,7 @@ def test_every_tactic_is_right(weights: str, shape: str) -> None:
 
 @_needs_build
 @pytest.mark.parametrize("kib", [99, 163])
-@pytest.mark.parametrize("weights", list(_FORMATS))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_runs_within_a_smaller_chips_shared_memory(weights: str, kib: int) -> None:
     require_sm80()
     for tokens in (1, 8, 64, 512, 4096):
