@@ -18,15 +18,16 @@ EVERYWHERE = (
     "dispatched_without_scales",
     "dispatched_formats",
     "dispatched_same_bits",
+    "meshes_with_one_kind",
     "ranks_that_disagree",
 )
 FOUR_RANKS = ("meshes", "groups_of_some_ranks")
 ON_GPUS = ("captured", "same_as_one_gpu")
-DEATHS = (
-    "one_rank_dies_replicated",
-    "one_rank_dies_dispatched",
-    "one_rank_dies_padded",
-    "one_rank_hangs",
+FAULTS = (
+    "rank_dies_in_replicated",
+    "rank_dies_in_dispatched",
+    "rank_dies_in_padded",
+    "rank_hangs",
 )
 
 
@@ -39,7 +40,7 @@ def names_for(size: int, backend: str) -> tuple[str, ...]:
 
 @functools.cache
 def world(size: int, backend: str) -> dict[str, list[str]]:
-    return run_world(size, names_for(size, backend), backend=backend)
+    return run_world(size, "parallel_cases", names_for(size, backend), backend=backend)
 
 
 def require_gpus(count: int) -> None:
@@ -78,22 +79,46 @@ def test_four_gpus(name: str) -> None:
     check(world(4, "nccl"), name)
 
 
-@pytest.mark.parametrize("name", DEATHS)
-def test_a_rank_that_dies_makes_the_others_fail(name: str) -> None:
-    results = run_world(3, [name], group_timeout=3, deadline=30)
-    assert results[name][1] != PASSED or name == "one_rank_hangs"
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_others_fail_where_a_rank_dies(name: str) -> None:
+    results = run_world(
+        3, "parallel_faults", [name], group_timeout=3, deadline=30, take_leave=False
+    )
+    assert name == "rank_hangs" or "this rank dies" in results[name][1]
     check(results, name, but=1)
 
 
-@pytest.mark.parametrize("name", DEATHS)
-def test_a_rank_that_dies_makes_the_other_gpu_fail(name: str) -> None:
+@pytest.mark.parametrize("name", FAULTS)
+def test_the_other_gpu_fails_where_a_rank_dies(name: str) -> None:
     require_gpus(2)
     results = run_world(
         2,
+        "parallel_faults",
         [name],
         backend="nccl",
         group_timeout=5,
         deadline=60,
         environment={"TORCH_NCCL_BLOCKING_WAIT": "1"},
+        take_leave=False,
     )
+    assert name == "rank_hangs" or "this rank dies" in results[name][1]
     check(results, name, but=1)
+
+
+def test_the_other_process_ends_where_the_host_does_not_wait() -> None:
+    require_gpus(2)
+    name = "rank_dies_and_host_does_not_wait"
+    results = run_world(
+        2,
+        "parallel_faults",
+        [name],
+        backend="nccl",
+        group_timeout=5,
+        deadline=120,
+        take_leave=False,
+    )
+    assert "this rank dies" in results[name][1]
+    # PyTorch's watchdog aborts the process, or an error comes first.
+    ended = results[name][0]
+    assert "status -6" in ended or "Error" in ended, ended
+    assert "neither an error nor" not in ended, ended

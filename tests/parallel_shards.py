@@ -20,7 +20,7 @@ from fused_moe.parallel import (
     replicated_moe,
     shard_experts,
 )
-from parallel_cases import experts_of
+from parallel_layer import experts_of
 from tolerances import TOLERANCES, assert_close, relative_error
 
 ACTIVATIONS = (ActivationType.SwigluBias, ActivationType.Relu2)

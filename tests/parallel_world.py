@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 
 # What every rank imports; the server imports it once.
-_PRELOAD = ["torch", "torch.distributed.device_mesh", "fused_moe.parallel", "parallel_cases"]
+_PRELOAD = ["torch", "torch.distributed.device_mesh", "fused_moe.parallel", "parallel_layer"]
 
 PASSED = "passed"
 
@@ -46,24 +46,28 @@ class Rank:
 
 def run_world(
     size: int,
+    module: str,
     names: Sequence[str],
     *,
     backend: str = "gloo",
     group_timeout: float = 30.0,
     deadline: float = 90.0,
     environment: dict[str, str] | None = None,
+    take_leave: bool = True,
 ) -> dict[str, list[str]]:
-    """Runs functions of parallel_cases, one after another, on every rank of a new world.
+    """Runs functions of a module, one after another, on every rank of a new world.
 
     A rank stops at its first failure, because its exchanges no longer match the others'.
 
     Args:
         size: the number of ranks.
+        module: the module's name.
         names: of the functions; each takes a `Rank`.
         backend: "gloo" on the CPU, "nccl" with a GPU a rank.
         group_timeout: seconds, the process group's.
         deadline: seconds, after which ranks that still run are killed.
         environment: variables set in every rank.
+        take_leave: whether ranks end their process group in order, which needs all of them.
 
     Returns:
         For each name what became of it on each rank: PASSED, a traceback, or why there is none.
@@ -78,7 +82,9 @@ def run_world(
             ours, theirs = context.Pipe(duplex=False)
             me = Rank(rank, size, backend, group_timeout)
             process = context.Process(
-                target=_serve, args=(me, names, folder, theirs, environment or {}), daemon=True
+                target=_serve,
+                args=(me, module, names, folder, theirs, environment or {}, take_leave),
+                daemon=True,
             )
             process.start()
             theirs.close()
@@ -109,7 +115,13 @@ def run_world(
 
 
 def _serve(
-    me: Rank, names: Sequence[str], folder: str, results: Connection, environment: dict[str, str]
+    me: Rank,
+    module: str,
+    names: Sequence[str],
+    folder: str,
+    results: Connection,
+    environment: dict[str, str],
+    take_leave: bool,
 ) -> None:
     """The life of one rank."""
     os.environ["GLOO_SOCKET_IFNAME"] = "lo"
@@ -127,7 +139,7 @@ def _serve(
         timeout=datetime.timedelta(seconds=me.timeout),
         device_id=me.device if me.backend == "nccl" else None,
     )
-    cases = importlib.import_module("parallel_cases")
+    cases = importlib.import_module(module)
     for name in names:
         try:
             getattr(cases, name)(me)
@@ -138,4 +150,6 @@ def _serve(
             os._exit(1)
         results.send((name, PASSED))
     results.close()
+    if not take_leave:
+        os._exit(0)
     dist.destroy_process_group()

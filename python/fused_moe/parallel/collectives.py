@@ -1,8 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The exchanges of this package: torch.distributed's, with errors that say what was being done."""
+"""The exchanges of this package: torch.distributed's, with errors that say what was being done.
+
+NCCL's calls only enqueue: nothing is known of a rank that died until the group's timeout, when
+PyTorch's watchdog ends the process. With TORCH_NCCL_BLOCKING_WAIT=1 the host waits for each
+exchange instead and gets an exception that can be caught. PyTorch itself honours that variable
+only for calls that hand out a handle to wait for, which is why they are made that way under it.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,17 +23,29 @@ _all_gather: Any = getattr(dist, "all_gather_single", None) or dist.all_gather_i
 _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 
+def _host_waits() -> bool:
+    """Whether PyTorch was asked to let the host wait for NCCL, in the words it takes for yes."""
+    value = os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0").lower()
+    return value in ("1", "t", "true", "y", "yes")
+
+
+def _run(call: Any, *arguments: Any, group: dist.ProcessGroup) -> None:
+    work = call(*arguments, group=group, async_op=_host_waits())
+    if work is not None:
+        work.wait()
+
+
 def all_reduce(x: torch.Tensor, what: str, kind: str, group: dist.ProcessGroup) -> None:
     """Sums x over the group, in place."""
     with exchange(f"all-reduce of {what} {list(x.shape)}", kind, group):
-        dist.all_reduce(x, group=group)
+        _run(dist.all_reduce, x, group=group)
 
 
 def reduce_scatter(x: torch.Tensor, what: str, kind: str, group: dist.ProcessGroup) -> torch.Tensor:
     """Sums x [n * rows, ...] over the n ranks; each gets its `rows` of the sum, in rank order."""
     out = x.new_empty(x.shape[0] // group.size(), *x.shape[1:])
     with exchange(f"reduce-scatter of {what} {list(x.shape)}", kind, group):
-        _reduce_scatter(out, x, group=group)
+        _run(_reduce_scatter, out, x, group=group)
     return out
 
 
@@ -34,7 +53,7 @@ def all_gather(x: torch.Tensor, what: str, kind: str, group: dist.ProcessGroup) 
     """Returns [n * rows, ...]: x [rows, ...] of all n ranks, in rank order."""
     out = x.new_empty(x.shape[0] * group.size(), *x.shape[1:])
     with exchange(f"all-gather of {what} {list(x.shape)}", kind, group):
-        _all_gather(out, x, group=group)
+        _run(_all_gather, out, x, group=group)
     return out
 
 
@@ -53,7 +72,8 @@ def all_to_all(
     """
     rows = f"{list(x.shape)} out, {list(out.shape)} in"
     with exchange(f"all-to-all of {what}, {rows},", kind, group):
-        dist.all_to_all_single(
+        _run(
+            dist.all_to_all_single,
             out,
             x,
             None if received is None else list(received),
