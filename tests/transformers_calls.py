@@ -1,0 +1,404 @@
+# SPDX-License-Identifier: Apache-2.0
+"""What the transformers integration does around its calls: order of weights, memory, refusals."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import weakref
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+pytest.importorskip(
+    "transformers", minversion="5.0", reason="this Python has no transformers 5: pip install it"
+)
+import transformers
+
+from fused_moe import ActivationType
+from fused_moe.integrations import transformers as moe
+from gpu_layer import require_sm80
+from transformers_tiny import VOCABULARY, configuration, experts_modules, load, write_checkpoint
+
+moe.register()
+
+IDS = torch.arange(2, 22).view(2, 10)
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Checkpoints: one whose experts are in the usual layout, and gpt-oss's, with its own."""
+    made = {family: tmp_path_factory.mktemp(family) for family in ("mixtral", "gpt_oss")}
+    for family, folder in made.items():
+        write_checkpoint(family, folder)
+    return made
+
+
+both_layouts = pytest.mark.parametrize("family", ["mixtral", "gpt_oss"])
+
+
+@torch.no_grad()
+def run(model: Any) -> torch.Tensor:
+    return model(IDS.to(model.device), use_cache=False).logits
+
+
+def tensors(model: Any) -> dict[str, torch.Tensor]:
+    """Copies of the experts' parameters as they lie in memory."""
+    return {
+        name: parameter.detach().clone()
+        for name, parameter in model.named_parameters()
+        if ".experts." in name
+    }
+
+
+def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
+    return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+@both_layouts
+def test_other_implementations_find_their_order(family: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], "eager")
+    original, eager = tensors(model), run(model)
+    model.set_experts_implementation("fused_moe")
+    fused = run(model)
+    assert not same(tensors(model), original)  # converted in place
+    for other in ("eager", "grouped_mm", "batched_mm", "eager"):
+        model.set_experts_implementation(other)
+        again = run(model)
+        assert same(tensors(model), original), other
+        if other == "eager":
+            assert torch.equal(again, eager)
+        model.set_experts_implementation("fused_moe")
+        assert torch.equal(run(model), fused)
+
+
+@both_layouts
+def test_conversion_keeps_storage(family: str, folders: dict[str, Path]) -> None:
+    # In place: a captured graph stays right, and no second copy of the weights exists.
+    model = load(folders[family], "fused_moe")
+    before = {name: p.data_ptr() for name, p in model.named_parameters()}
+    assert moe.prepare(model) == len(experts_modules(model)) == 2
+    model.state_dict()
+    assert moe.prepare(model) == 2
+    assert {name: p.data_ptr() for name, p in model.named_parameters()} == before
+
+
+@both_layouts
+def test_state_dict_after_a_run(family: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], "fused_moe")
+    original = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    fused = run(model)
+    assert same(model.state_dict(), original)
+    assert torch.equal(run(model), fused)
+    # Loading comes in transformers' order as well, into converted experts too.
+    for tensor in original.values():
+        tensor.mul_(1.25)
+    model.load_state_dict(original)
+    fresh = load(folders[family], "fused_moe")
+    fresh.load_state_dict(original)
+    assert torch.equal(run(model), run(fresh))
+    assert not torch.equal(run(model), fused)
+
+
+@pytest.mark.parametrize("kept", moe.FORMATS)
+@both_layouts
+def test_copies_of_a_model(family: str, kept: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], f"fused_moe_{kept}" if kept else "fused_moe")
+    fused = run(model)
+    assert torch.equal(run(copy.deepcopy(model)), fused)
+    experts = experts_modules(model)[0]
+    x = torch.randn(3, 64)
+    ids = torch.tensor([[0, 1], [2, 3], [1, 0]])
+    scales = torch.rand(3, 2)
+    unpickled = pickle.loads(pickle.dumps(experts))
+    with torch.no_grad():
+        assert torch.equal(unpickled(x, ids, scales), experts(x, ids, scales))
+
+
+@both_layouts
+def test_another_dtype_after_conversion(family: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], "fused_moe")
+    run(model)
+    model.to(torch.bfloat16)
+    fresh = load(folders[family], "fused_moe").to(torch.bfloat16)
+    assert torch.equal(run(model), run(fresh))
+
+
+@pytest.mark.parametrize("kept", ["int8", "int4", "mxfp4"])
+@both_layouts
+def test_quantizing_releases_the_weights(family: str, kept: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], f"fused_moe_{kept}", torch.bfloat16)
+    modules = experts_modules(model)
+    held = [weakref.ref(p) for m in modules for p in m.parameters() if p.ndim == 3]
+    before = model.get_memory_footprint()
+    moe.prepare(model)
+    assert [reference() for reference in held] == [None] * 4
+    weights = sum(p.numel() for m in modules for p in m.parameters() if p.ndim == 3)
+    numbers = weights * (1 if kept == "int8" else 2)
+    # Bytes saved, less what the scales need: float32 for a row or 32 numbers, or a byte.
+    scales = sum(b.numel() * b.element_size() for m in modules for b in m.buffers())
+    assert scales < 0.13 * 2 * numbers
+    assert before - model.get_memory_footprint() == 2 * numbers - weights - scales
+    assert moe.prepare(model) == 2  # again: nothing left to do
+
+
+@both_layouts
+def test_quantizing_a_running_model(family: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], "fused_moe")
+    run(model)
+    model.set_experts_implementation("fused_moe_int8")
+    assert torch.equal(run(model), run(load(folders[family], "fused_moe_int8")))
+
+
+def test_a_quantized_model_cannot_go_back(folders: dict[str, Path], tmp_path: Path) -> None:
+    model = load(folders["mixtral"], "fused_moe_int8")
+    quantized = run(model)
+    for other in ("eager", "grouped_mm", "fused_moe", "fused_moe_int4"):
+        model.set_experts_implementation(other)
+        with pytest.raises(RuntimeError, match=r"quantized to int8.*load the model again"):
+            run(model)
+    model.set_experts_implementation("fused_moe_int8")
+    for saves in (model.state_dict, lambda: model.save_pretrained(tmp_path)):
+        with pytest.raises(RuntimeError, match="original weights released"):
+            saves()
+    assert torch.equal(run(model), quantized)
+
+
+@pytest.mark.parametrize("kept", moe.FORMATS)
+@both_layouts
+def test_compile(family: str, kept: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], f"fused_moe_{kept}" if kept else "fused_moe")
+    x, ids = torch.randn(5, 64), torch.randint(0, 4, (5, 2))
+    scales = torch.rand(5, 2)
+    experts = experts_modules(model)[0]
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    with torch.no_grad():
+        with pytest.raises(Exception, match=r"prepare\(model\)"):
+            compiled(x, ids, scales)
+        torch._dynamo.reset()
+        moe.prepare(model)
+        assert torch.equal(compiled(x, ids, scales), experts(x, ids, scales))
+        if not kept:
+            # A state dict puts the order back, which code compiled before must not overlook.
+            fused = experts(x, ids, scales)
+            model.state_dict()
+            with pytest.raises(Exception, match=r"prepare\(model\)"):
+                compiled(x, ids, scales)
+            moe.prepare(model)
+            assert torch.equal(compiled(x, ids, scales), fused)
+
+
+def test_gradients_are_refused(folders: dict[str, Path]) -> None:
+    model = load(folders["mixtral"], "fused_moe")
+    with pytest.raises(RuntimeError, match=r"inference only.*torch\.no_grad"):
+        model(IDS)
+    with torch.inference_mode():
+        inference = model(IDS, use_cache=False).logits
+    assert torch.equal(inference, run(model))
+
+
+def test_inference_mode_leaves_ordinary_parameters(folders: dict[str, Path]) -> None:
+    model = load(folders["mixtral"], "fused_moe_int8")
+    with torch.inference_mode():
+        model(IDS)
+    assert not any(tensor.is_inference() for tensor in [*model.parameters(), *model.buffers()])
+
+
+def test_dtypes_must_agree(folders: dict[str, Path]) -> None:
+    experts = experts_modules(load(folders["mixtral"], "fused_moe", torch.bfloat16))[0]
+    x, ids, scales = torch.randn(3, 64), torch.randint(0, 4, (3, 2)), torch.rand(3, 2)
+    with torch.no_grad():
+        with pytest.raises(ValueError, match=r"one dtype, or run it under torch\.autocast"):
+            experts(x, ids, scales)
+        with torch.autocast("cpu", torch.bfloat16):
+            out = experts(x, ids, scales)
+        assert out.dtype == torch.float32
+        assert torch.equal(out.bfloat16(), experts(x.bfloat16(), ids, scales))
+
+
+def test_float32_on_a_gpu_is_refused(folders: dict[str, Path]) -> None:
+    require_sm80()
+    with pytest.raises(NotImplementedError, match=r"float32 on a GPU.*dtype=torch\.bfloat16"):
+        moe.prepare(load(folders["mixtral"], "fused_moe", device="cuda"))
+
+
+def test_moving_a_prepared_model_to_a_gpu(folders: dict[str, Path]) -> None:
+    require_sm80()
+    for family, folder in folders.items():
+        for name in moe.IMPLEMENTATIONS:
+            model = load(folder, name, torch.bfloat16)
+            moe.prepare(model)
+            there = load(folder, name, torch.bfloat16, "cuda")
+            assert torch.equal(run(model.to("cuda")), run(there)), (family, name)
+
+
+def test_generating_with_compiled_steps_on_a_gpu(folders: dict[str, Path]) -> None:
+    # With a static cache generate() compiles the steps after the first, with CUDA graphs.
+    require_sm80()
+    model = load(folders["mixtral"], "fused_moe", torch.bfloat16, "cuda")
+    prompt = IDS[:1].cuda()
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 8, "do_sample": False}
+    plain = model.generate(prompt, **options)
+    assert torch.equal(model.generate(prompt, cache_implementation="static", **options), plain)
+
+
+@pytest.mark.parametrize(
+    ("act", "kind"),
+    [
+        ("silu", ActivationType.Swiglu),
+        ("gelu", ActivationType.Geglu),
+        ("gelu_pytorch_tanh", ActivationType.GegluTanh),
+        ("gelu_new", ActivationType.GegluTanh),
+    ],
+)
+def test_activations_are_recognized(act: str, kind: ActivationType) -> None:
+    config = configuration("mixtral")
+    config.hidden_act = act
+    model = transformers.AutoModelForCausalLM.from_config(config, experts_implementation="eager")
+    eager = run(model)
+    model.set_experts_implementation("fused_moe")
+    assert torch.allclose(run(model), eager, rtol=1e-4, atol=1e-6)
+    found = {module._fused_moe.activation.kind for module in experts_modules(model)}
+    assert found == {kind}
+
+
+@pytest.mark.parametrize("act", ["relu", "quick_gelu", "tanh", "relu2"])
+def test_unknown_activations_are_refused(act: str) -> None:
+    config = configuration("mixtral")
+    config.hidden_act = act
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, experts_implementation="fused_moe"
+    )
+    with pytest.raises(NotImplementedError, match="another experts_implementation"):
+        run(model)
+
+
+def _clamped(module: torch.nn.Module, limit: float, step: bool) -> None:
+    """Gives a module a gate of its own, as DeepSeek-V4 or Step have it."""
+
+    def gate(self: Any, gate_up: torch.Tensor) -> torch.Tensor:
+        gate, up = gate_up.chunk(2, dim=-1)
+        up = up.clamp(-self.limit, self.limit)
+        if step:
+            return self.act_fn(gate).clamp(max=self.limit) * up
+        return self.act_fn(gate.clamp(max=self.limit)) * up
+
+    module.limit = limit
+    module._apply_gate = gate.__get__(module)
+
+
+@pytest.mark.parametrize("step", [False, True])
+def test_clamped_gates_are_recognized(step: bool, folders: dict[str, Path]) -> None:
+    model = load(folders["mixtral"], "eager")
+    for module in experts_modules(model):
+        _clamped(module, 0.75, step)
+    model.set_experts_implementation("batched_mm")  # which asks the module for its gate
+    expected = run(model)
+    model.set_experts_implementation("fused_moe")
+    assert torch.allclose(run(model), expected, rtol=1e-4, atol=1e-5)
+    kinds = {module._fused_moe.activation.kind for module in experts_modules(model)}
+    assert kinds == {ActivationType.SwigluStep if step else ActivationType.SwigluBias}
+
+
+def test_models_that_would_ignore_it() -> None:
+    llama = transformers.LlamaConfig(
+        vocab_size=VOCABULARY, hidden_size=64, intermediate_size=96, num_hidden_layers=1,
+        num_attention_heads=4,
+    )  # fmt: skip
+    model = transformers.AutoModelForCausalLM.from_config(llama)
+    with pytest.raises(ValueError, match="no experts that go through transformers' interface"):
+        moe.prepare(model)
+
+
+def test_prepare_wants_the_implementation(folders: dict[str, Path]) -> None:
+    with pytest.raises(ValueError, match="run on 'eager'; load it with experts_implementation"):
+        moe.prepare(load(folders["mixtral"], "eager"))
+
+
+def _post_norm(module: Any) -> None:
+    module.has_post_expert_norm = True
+
+
+def _offloaded(module: Any) -> None:
+    module._hf_hook = type("Hook", (), {"offload": True})()
+
+
+def _other_format(module: Any) -> None:
+    weight = module.gate_up_proj.detach().to(torch.float8_e4m3fn)
+    module.gate_up_proj = torch.nn.Parameter(weight, requires_grad=False)
+
+
+def _on_meta(module: Any) -> None:
+    module.to("meta")
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        (_post_norm, "normalizes each expert's output"),
+        (_offloaded, "a device_map that offloads no experts"),
+        (_other_format, "quantized already.*fused_moe_int8"),
+        (_on_meta, "is offloaded"),
+    ],
+    ids=lambda case: getattr(case, "__name__", ""),
+)
+def test_modules_that_are_refused(change: Any, text: str, folders: dict[str, Path]) -> None:
+    model = load(folders["mixtral"], "fused_moe")
+    change(experts_modules(model)[0])
+    with pytest.raises(NotImplementedError, match=text):
+        moe.prepare(model)
+
+
+def test_sizes_int4_cannot_group() -> None:
+    config = configuration("mixtral")
+    config.intermediate_size = 48
+    model = transformers.AutoModelForCausalLM.from_config(
+        config, experts_implementation="fused_moe_int4"
+    )
+    with pytest.raises(ValueError, match="size that 32 divides; they are 64 and 48"):
+        moe.prepare(model)
+
+
+def test_misaligned_weights(folders: dict[str, Path]) -> None:
+    # Tensors of a mapped file start anywhere.
+    model = load(folders["mixtral"], "fused_moe", torch.bfloat16)
+    expected = run(model)
+    model.state_dict()
+    for module in experts_modules(model):
+        for parameter in module.parameters():
+            room = torch.empty(parameter.numel() + 1, dtype=parameter.dtype)
+            parameter.data = room[1:].view(parameter.shape).copy_(parameter)
+            assert parameter.data_ptr() % 16
+    assert torch.equal(run(model), expected)
+
+
+def test_expert_parallel_ids(folders: dict[str, Path]) -> None:
+    # transformers marks choices of other ranks' experts by the number of experts here.
+    experts = experts_modules(load(folders["mixtral"], "fused_moe"))[0]
+    x, scales = torch.randn(3, 64), torch.rand(3, 2)
+    ids = torch.tensor([[0, 4], [4, 4], [4, 2]])
+    with torch.no_grad():
+        out = experts(x, ids, scales)
+        assert torch.equal(out[1], torch.zeros(64))
+        for row, choice in ((0, 0), (2, 1)):
+            alone = experts(x[row : row + 1], ids[row : row + 1, choice : choice + 1],
+                            scales[row : row + 1, choice : choice + 1])  # fmt: skip
+            assert torch.allclose(out[row], alone[0], rtol=1e-5, atol=1e-6)
+
+
+def test_missing_transformers_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(__import__("sys").modules, "transformers.integrations.moe", None)
+    with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer.*pip install"):
+        moe.register()
+
+
+def test_the_page_shows_what_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The program of docs/transformers.md, as it stands there."""
+    page = Path(__file__).absolute().parent.parent / "docs" / "transformers.md"
+    program = page.read_text().split("```python\n")[1].split("```")[0]
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    exec(compile(program, str(page), "exec"), names)
+    assert [p.dtype for p in experts_modules(names["model"])[0].parameters()] == [torch.int8] * 2
