@@ -21,6 +21,9 @@ CHOICES = {
     ),
 }
 
+# What no flag gives.
+DEFAULT = "sm80"
+
 BACKENDS = {choice.backend: None for choice in CHOICES.values()}.keys()
 
 def parse_architectures(value):

@@ -1,14 +1,23 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repository rules for the CUDA toolkit and CUTLASS."""
 
-load("//tools/python:repositories.bzl", "HERE", "PYTHON_ATTRIBUTE", "fetch_wheels", "read_python")
+load(
+    "//tools/python:repositories.bzl",
+    "LICENSE",
+    "MISSING",
+    "PYTHON_ATTRIBUTE",
+    "fetch_wheels",
+    "link_licenses",
+    "own",
+    "read_python",
+)
 
 # For reproducible objects; not every nvcc since 11.8 has them.
 _WANTED_OPTIONS = ["--frandom-seed", "--objdir-as-tempdir"]
 
 _TOOLKIT_BUILD = """\
-load("{here}//tools/cuda/private:toolkit.bzl", "toolkit")
-load("{here}//tools/python/private:missing.bzl", "missing")
+load("{toolkit}", "toolkit")
+load("{missing}", "missing")
 load("@rules_cc//cc:defs.bzl", "cc_import", "cc_library")
 
 package(default_visibility = ["//visibility:public"])
@@ -79,6 +88,30 @@ def _first(repository_ctx, root, names):
             return path
     return None
 
+# CUDA 13.0 declares two functions that glibc 2.42 added, with another exception specification: no
+# file compiles there. Later toolkits have this condition too.
+_RSQRT = """\
+#include <features.h>
+#if defined(__GLIBC__) && (__GLIBC__ > 2 || (__GLIBC__ == 2 && __GLIBC_MINOR__ >= 42))
+#define MOE_RSQRT_SPECIFIER __THROW
+#else
+#define MOE_RSQRT_SPECIFIER
+#endif
+"""
+
+def _declare_rsqrt_as_glibc(repository_ctx, header):
+    """Lets the wheels' header declare rsqrt and rsqrtf as the machine's glibc does."""
+    text = repository_ctx.read(header)
+    guard = "#define __MATH_FUNCTIONS_H__\n"
+    if guard not in text:
+        fail("fused_moe: %s has no line %s" % (header, guard))
+    text = text.replace(guard, guard + _RSQRT, 1)
+    for name in ["double                 rsqrt(double x)", "float                  rsqrtf(float x)"]:
+        text = text.replace(" %s;" % name, " %s MOE_RSQRT_SPECIFIER;" % name)
+    for name in ["double rsqrt(double a)", "float rsqrtf(float a)"]:
+        text = text.replace("__func__(%s);" % name, "__func__(%s MOE_RSQRT_SPECIFIER);" % name)
+    repository_ctx.file(header, text, executable = False)
+
 def _installed_toolkit(repository_ctx, root):
     """Describes the toolkit installed at `root`, which stays where it is."""
     nvcc = _first(repository_ctx, root, ["bin/nvcc"])
@@ -105,7 +138,9 @@ def _installed_toolkit(repository_ctx, root):
 def _wheel_toolkit(repository_ctx, python):
     """Downloads the locked toolkit into this repository and describes it."""
     fetch_wheels(repository_ctx, python, "wheels", ["--any-python"])
+    link_licenses(repository_ctx, "wheels", "nvidia_cuda_runtime")
     root = "wheels/nvidia/cu13"
+    _declare_rsqrt_as_glibc(repository_ctx, root + "/include/crt/math_functions.h")
     return struct(
         archive = repository_ctx.path(root + "/lib/libcudart_static.a"),
         folders = [root],
@@ -131,15 +166,17 @@ def _cuda_toolkit_impl(repository_ctx):
     if toolkit.headers:
         repository_ctx.symlink(toolkit.headers, "host_include")
     build = _TOOLKIT_BUILD.format(
-        here = HERE,
         folders = ", ".join([repr(folder) for folder in toolkit.folders]),
         includes = "\"host_include\"" if toolkit.headers else "",
+        missing = MISSING,
         nvcc = toolkit.nvcc,
         options = ", ".join([
             repr(option)
             for option in _nvcc_options(repository_ctx, toolkit.nvcc)
         ]),
+        toolkit = own(Label("//tools/cuda/private:toolkit.bzl")),
     )
+    build += LICENSE
     for tool in ["cuobjdump", "nvdisasm"]:
         path = repository_ctx.path(toolkit.root + "/bin/" + tool)
         if path.exists:
@@ -161,18 +198,20 @@ cuda_toolkit = repository_rule(
 _CUTLASS_BUILD = """\
 load("@rules_cc//cc:defs.bzl", "cc_library")
 
+package(default_visibility = ["//visibility:public"])
+
 cc_library(
     name = "cutlass",
     hdrs = glob(["include/**"]),
     includes = ["include"],
-    visibility = ["//visibility:public"],
 )
 """
 
 def _cutlass_headers_impl(repository_ctx):
     fetch_wheels(repository_ctx, read_python(repository_ctx), "wheel", ["--any-python"])
     repository_ctx.symlink("wheel/cutlass_library/source/include", "include")
-    repository_ctx.file("BUILD.bazel", _CUTLASS_BUILD)
+    link_licenses(repository_ctx, "wheel", "nvidia_cutlass")
+    repository_ctx.file("BUILD.bazel", _CUTLASS_BUILD + LICENSE)
 
 cutlass_headers = repository_rule(
     implementation = _cutlass_headers_impl,

@@ -1,8 +1,18 @@
 # SPDX-License-Identifier: Apache-2.0
 """Repository rules for the Python interpreter and its packages."""
 
-# This repository, whatever the workspace that uses it calls it.
-HERE = "@" + (Label("//:BUILD.bazel").workspace_name or "fused_moe")
+def own(label):
+    """Returns how a BUILD file of any repository names a target or file of this one.
+
+    Args:
+      label: Label("//...").
+    """
+    text = str(label)
+
+    # Bazel 4 names the main repository by nothing, Bazel 7 by "@@".
+    return text if text.startswith("@") else "@fused_moe" + text
+
+MISSING = own(Label("//tools/python/private:missing.bzl"))
 
 _DESCRIBE = """
 import json, os, sys, sysconfig
@@ -17,9 +27,8 @@ print(json.dumps({
 """
 
 _INTERPRETER_BUILD = """\
-load("@bazel_tools//tools/python:toolchain.bzl", "py_runtime_pair")
 load("@rules_cc//cc:defs.bzl", "cc_library")
-load("@rules_python//python:defs.bzl", "py_runtime")
+load("@rules_python//python:defs.bzl", "py_runtime", "py_runtime_pair")
 
 package(default_visibility = ["//visibility:public"])
 
@@ -94,7 +103,7 @@ def read_python(repository_ctx):
 _PACKAGES_BUILD = """\
 load("@rules_cc//cc:defs.bzl", "cc_library")
 load("@rules_python//python:defs.bzl", "py_library")
-load("{here}//tools/python/private:missing.bzl", "missing")
+load("{missing}", "missing")
 
 package(default_visibility = ["//visibility:public"])
 """
@@ -137,6 +146,18 @@ cc_library(
 )
 """
 
+# The licences of what this repository holds, for those who pass it on in a binary. Empty where an
+# installed copy came without.
+LICENSE = """
+filegroup(
+    name = "license",
+    srcs = glob(
+        ["license/*"],
+        allow_empty = True,
+    ),
+)
+"""
+
 _FIND_MODULES = """
 import importlib.util, json, sys
 found = {name: importlib.util.find_spec(name) for name in sys.argv[1:]}
@@ -170,13 +191,30 @@ def fetch_wheels(repository_ctx, python, destination, flags):
         fail("\n" + result.stdout + result.stderr)
     repository_ctx.delete(destination + "/.keep")
 
+def link_licenses(repository_ctx, site_packages, distribution):
+    """Links a distribution's licence files into the folder license/, for LICENSE.
+
+    Args:
+      repository_ctx: the repository rule's context.
+      site_packages: folder with the distribution's .dist-info folder, a path or a string.
+      distribution: its name, as that folder spells it.
+    """
+    for entry in repository_ctx.path(site_packages).readdir():
+        name = entry.basename
+        if not (name.startswith(distribution + "-") and name.endswith(".dist-info")):
+            continue
+        folder = entry.get_child("licenses")
+        for file in (folder if folder.exists else entry).readdir():
+            if file.basename.upper().startswith("LICENSE"):
+                repository_ctx.symlink(file, "license/" + file.basename)
+
 def _python_packages_impl(repository_ctx):
     python = read_python(repository_ctx)
     choice = repository_ctx.os.environ.get("MOE_PYTHON_PACKAGES") or "locked"
     if choice not in ("locked", "system"):
         fail("MOE_PYTHON_PACKAGES is %r; it must be 'locked' (or unset) or 'system'" % choice)
     modules = repository_ctx.attr.modules
-    build = _PACKAGES_BUILD.format(here = HERE)
+    build = _PACKAGES_BUILD.format(missing = MISSING)
     pybind11 = None
     if choice == "locked":
         flags = ["--compile"]
@@ -205,13 +243,14 @@ def _python_packages_impl(repository_ctx):
     if "pybind11" in modules:
         if pybind11:
             repository_ctx.symlink(pybind11, "pybind11_include")
-            build += _PYBIND11
+            link_licenses(repository_ctx, pybind11.dirname.dirname, "pybind11")
+            build += _PYBIND11 + LICENSE
         else:
             build += _MISSING.format(
                 name = "headers",
                 interpreter = python.interpreter,
                 repository = repository_ctx.name,
-            )
+            ) + LICENSE
     for name, actual in repository_ctx.attr.aliases.items():
         build += _ALIAS.format(name = name, actual = actual)
     repository_ctx.file("BUILD.bazel", build)

@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Shows that a build is reproducible: two checkouts, two output roots, the same bytes.
 
-    ./bazelw run //tools/repro                      one kernel object and the CPU extension
+    ./bazelw run //tools/repro                      one kernel object, the CPU extension and wheel
     ./bazelw run //tools/repro -- TARGET ...        these targets, in the default configuration
 
 The tree as it is (tracked files and new ones that git does not ignore) is copied to two folders
@@ -19,12 +19,13 @@ import subprocess
 import sys
 import tempfile
 
-# (options, targets): a kernel that is quick to compile, and all C++ of the CPU extension.
+# (options, targets): a kernel that is quick to compile, all C++ of the CPU extension, its wheel.
 Work = list[tuple[list[str], list[str]]]
 DEFAULT: Work = [
     ([], ["//moe:routing"]),
-    (["--config=cpu"], ["//python/binding:_C.so"]),
+    (["--config=cpu"], ["//python/binding:_C.so", "//python:wheel"]),
 ]
+COMPARED = (".o", ".so", ".a", ".lo", ".whl")
 FOLDERS = ("first", "second/and/deeper")
 
 
@@ -74,8 +75,11 @@ def outputs(
         if line.startswith("Outputs: ["):
             for name in line.removeprefix("Outputs: [").removesuffix("]").split(", "):
                 path = root / name
-                if path.suffix in (".o", ".so", ".a", ".lo") and path.is_file():
-                    found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+                # A wheel lies in a folder that is the target's output.
+                for file in path.rglob("*") if path.is_dir() else [path]:
+                    if file.suffix in COMPARED and file.is_file():
+                        content = file.read_bytes()
+                        found[str(file.relative_to(root))] = hashlib.sha256(content).hexdigest()
     return found
 
 
