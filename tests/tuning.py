@@ -48,6 +48,7 @@ def test_the_first_call_tunes_every_bucket(stage: Stage) -> None:
         assert stage.machine.tuned == BUCKETS
         assert run(stage) == (0, 0) and run(stage, 5) == (0, 0)
     assert stage.machine.tuned == BUCKETS, "what is known was measured again"
+    assert stage.machine.released == 1
     # After the context: each number of tokens has its own.
     expected = {1: (5, 6), 2: (0, 0), 16: (0, 0), 32: (1, 1), 40: (1, 1), 64: None, 99: None}
     assert {tokens: run(stage, tokens) for tokens in expected} == expected

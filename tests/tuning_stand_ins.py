@@ -96,6 +96,7 @@ class StandIn(Machine):
         self.requests: list[Request] = []
         self.problems: list[dict[str, int]] = []
         self.at_once = 0
+        self.released = 0
         self.fails_at: int | None = None
 
     def chip(self, device: torch.device) -> Chip:
@@ -109,6 +110,10 @@ class StandIn(Machine):
     def capturing(self) -> bool:
         """As the test says."""
         return self.captures
+
+    def release(self) -> None:
+        """Counts."""
+        self.released += 1
 
     def clock(self) -> float:
         """Stands still."""

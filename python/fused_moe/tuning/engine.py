@@ -171,7 +171,7 @@ class Tuner:
             self._read_environment()
             if not self._results and not self._contexts:
                 return call, self.generation
-            key = self._key(call, arguments)
+            key = self.key(call, arguments)
             done = True
             # The innermost context that tunes says how.
             context = next((c for c in reversed(self._contexts) if c.tune), None)
@@ -182,7 +182,8 @@ class Tuner:
                 call = dataclasses.replace(call, tactics=self._pick(key, call, entries))
             return call, self.generation if done else None
 
-    def _key(self, call: MoeCall, arguments: Mapping[str, Any]) -> Key:
+    def key(self, call: MoeCall, arguments: Mapping[str, Any]) -> Key:
+        """What a result for the call is found under; arguments as in `settle`."""
         scales = ("float32", "float16", "bfloat16", "e8m0")
         return Key(
             chip=self.machine.chip(call.device),
@@ -243,7 +244,7 @@ class Tuner:
         )
         limit = chip.shared_memory_per_block
         # A backend may have none.
-        pairs = getattr(extension, "whole_layer_tactics", lambda *_: [])
+        pairs: Any = getattr(extension, "whole_layer_tactics", lambda *_: [])
         space = Space(
             untuned=untuned,
             independent=tuple(extension.supported_tactics(call.backend, call.problem, limit)),
@@ -274,12 +275,15 @@ class Tuner:
             return False
         signature = sign(arguments)
         self._warn_of_narrow_routing(context, key, arguments)
-        with context.bar.task(key.layer.describe(), len(missing)) as done:
-            for tokens in missing:
-                entry = self._tune_bucket(context, key, signature, arguments, tokens)
-                if entry is not None:
-                    self._add({key: {tokens: entry}})
-                done(f"{tokens} tokens")
+        try:
+            with context.bar.task(key.layer.describe(), len(missing)) as done:
+                for tokens in missing:
+                    entry = self._tune_bucket(context, key, signature, arguments, tokens)
+                    if entry is not None:
+                        self._add({key: {tokens: entry}})
+                    done(f"{tokens} tokens")
+        finally:
+            self.machine.release()
         return True
 
     def _tune_bucket(

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ _CACHES_BETWEEN = 4
 _BYTES_OF_A_GRAPH = 1_500_000_000
 _FEW_ROWS_AN_EXPERT = 64
 _MOST_CALLS = 32
+_CYCLES_AHEAD = 200_000  # about 0.1 ms
 _MOST_COPIES = 16  # of a layer that fits the cache many times: such toys stay partly cached
 
 # The kernels that ran before in this process. The first launch loads a kernel's code, which is
@@ -66,7 +68,7 @@ def graph_timer(request: Request) -> Iterator[Timer]:
     with torch.cuda.device(device), torch.no_grad():
         # What runs would be timed along, and may still write the weights.
         torch.cuda.synchronize()
-        stream = torch.cuda.Stream()
+        stream = _stream_of(device)
         with torch.cuda.stream(stream):
             launches = _launches(request)
         stream.synchronize()
@@ -75,6 +77,12 @@ def graph_timer(request: Request) -> Iterator[Timer]:
             yield timer
         finally:
             stream.synchronize()
+
+
+@functools.cache
+def _stream_of(device: torch.device) -> torch.cuda.Stream:
+    """One stream a device, so that PyTorch's allocator uses its memory again."""
+    return torch.cuda.Stream()
 
 
 class _GraphTimer:
@@ -98,6 +106,8 @@ class _GraphTimer:
                 self._graphs[pair] = self._capture(pair)
             graph = self._graphs[pair]
             marks = [torch.cuda.Event(enable_timing=True) for _ in range(rounds + 1)]
+            # The host's way to the first launch would count where the device waits for it.
+            torch.cuda._sleep(_CYCLES_AHEAD)
             marks[0].record()
             for mark in marks[1:]:
                 graph.replay()
