@@ -69,12 +69,18 @@ def cutlass_fused_moe(
             safe. Duplicates within a token are summed.
         token_final_scales: [M, k] float32; None is 1. Multiplies an expert's whole output.
         fc1_expert_weights: [E_l, 2I, H] for gated activations, [E_l, I, H] for others, in the
-            dtype of input, or int8, or uint8 (which holds q + 128).
-        fc2_expert_weights: [E_l, H, I], the dtype of fc1's. H and I are multiples of 8; of 16
-            with 8-bit weights.
+            dtype of input, or int8, or uint8 (which holds q + 128). 4-bit weights are uint8
+            [E_l, 2I or I, H / 2], the even one of two in the low nibble: q + 8 with
+            use_packed_weights, E2M1 with use_w4_group_scaling.
+        fc2_expert_weights: [E_l, H, I], the dtype of fc1's; [E_l, H, I / 2] of 4 bits. H and I
+            are multiples of 8; of 16 with 8-bit weights, of the group with 4-bit ones.
         output_dtype: float16 or bfloat16, need not be the input's (float32 on cpu).
         quant_scales: None or [] for 16-bit weights. For 8-bit weights [fc1's, fc2's], [E_l, 2I
             or I] and [E_l, H], both float32 or both of input's dtype; a weight is q * scale.
+            For INT4 the same with one scale for each group of g neighbours in a row, [E_l, 2I
+            or I, H / g] and [E_l, H, I / g]: g, 32, 64 or 128, is read off these shapes. For
+            MXFP4 g is 32 and a scale is E8M0, uint8 s or float8_e8m0fnu, which means
+            2^(s - 127).
         fc1_expert_biases: [E_l, 2I or I] output_dtype; either bias may be given alone.
         fc2_expert_biases: [E_l, H] output_dtype; added where tp_rank is 0, so that the sum over
             ranks holds it once.
@@ -89,11 +95,12 @@ def cutlass_fused_moe(
         output: [M, H] output_dtype, written in place and returned; must overlap no argument.
         enable_alltoall: accepted, changes nothing: exchanging tokens is the caller's, and every
             row of the output is always written, rows without a local expert with 0.
-        use_deepseek_fp8_block_scale, use_w4_group_scaling, use_mxfp8_act_scaling,
-            min_latency_mode, use_packed_weights: modes that no backend of this version has;
-            True raises NotImplementedError naming what there is.
-        tune_max_num_tokens: the largest bucket a tuner fills. This version has no tuner, so it
-            is checked and changes nothing; it can never change a result.
+        use_packed_weights: uint8 weights are INT4.
+        use_w4_group_scaling: uint8 weights are MXFP4. Both flags together are W4A8, which no
+            backend of this version has.
+        use_deepseek_fp8_block_scale, use_mxfp8_act_scaling, min_latency_mode: modes that no
+            backend of this version has; True raises NotImplementedError naming what there is.
+        tune_max_num_tokens: the most tokens that `autotune` measures for; outside of it, nothing.
         enable_pdl: a permission to overlap launches; never changes a result, and Ampere cannot.
         activation_type: an `ActivationType`, or its number.
         use_fused_finalize: permits a faster last step with other bits from run to run. A
