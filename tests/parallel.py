@@ -22,7 +22,7 @@ EVERYWHERE = (
     "ranks_that_disagree",
 )
 FOUR_RANKS = ("meshes", "groups_of_some_ranks")
-ON_GPUS = ("captured", "same_as_one_gpu")
+ON_GPUS = ("captured",)
 FAULTS = (
     "rank_dies_in_replicated",
     "rank_dies_in_dispatched",

@@ -90,6 +90,18 @@ class Layer:
         arguments.update(input=x, token_selected_experts=ids, token_final_scales=scales)
         assert_close(out.float(), reference(arguments), out.dtype)
 
+    def check_bits(
+        self, out: torch.Tensor, x: torch.Tensor, ids: torch.Tensor, scales: torch.Tensor
+    ) -> None:
+        """Compares with one process where the same products are summed in the same order.
+
+        To the last bit on the CPU. A GPU's tactics depend on the number of tokens and of experts,
+        and need not round alike.
+        """
+        if self.device.type == "cpu":
+            assert torch.equal(out, self.alone(x, ids, scales))
+        self.check(out, x, ids, scales)
+
 
 def _ternary(draw: torch.Generator, *shape: int) -> torch.Tensor:
     """-1, 0 and 1; three of four are 0."""

@@ -205,6 +205,8 @@ BAD_CALLS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"ids": torch.zeros(13, 2)}, ValueError, "token_selected_experts is a torch.float32"),
     ({"ids": torch.zeros(12, 2, dtype=torch.int32)}, ValueError, r"shape \[12, 2\]; it must be"),
     ({"scales": torch.ones(13, 3)}, ValueError, "token_final_scales is a .*it must be torch.fl"),
+    ({"x": torch.zeros(64, 13).T}, ValueError, "input is not contiguous; .* input.contiguous()"),
+    ({"x": torch.zeros(13, 64, device="meta")}, ValueError, "input is on meta; it must be on"),
     ({"output_dtype": torch.int8}, ValueError, "output_dtype is torch.int8"),
     ({"chunks": 0}, ValueError, "chunks is 0; it must be from 1 to 16"),
     ({"chunks": 17}, ValueError, "chunks is 17"),

@@ -167,8 +167,8 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def nccl_microseconds(run: Callable[[], object], calls: int) -> float:
-    """Time of NCCL's kernels in one call, mean over the calls."""
+def nccl_microseconds(run: Callable[[], object], calls: int) -> float | None:
+    """Time of NCCL's kernels in one call, mean over the calls; None where there are none."""
     activities = [torch.profiler.ProfilerActivity.CUDA]
     dist.barrier()
     torch.cuda.synchronize()
@@ -179,9 +179,9 @@ def nccl_microseconds(run: Callable[[], object], calls: int) -> float:
     kernels = [
         event.time_range.elapsed_us()
         for event in profile.events()
-        if event.name.lower().startswith(("nccldevkernel", "ncclkernel"))
+        if "nccldevkernel" in event.name.lower() or "ncclkernel" in event.name.lower()
     ]
-    return sum(kernels) / calls
+    return sum(kernels) / calls if kernels else None
 
 
 def measure(form: Form, alone: torch.Tensor, layer: Layer, options: Options) -> dict[str, Any]:
@@ -202,9 +202,8 @@ def measure(form: Form, alone: torch.Tensor, layer: Layer, options: Options) -> 
         graph = capture(form.run)
         timed = graph.replay
         us = result["graph_us"] = medians(timed, options.calls, cuda)
-    if cuda:
-        result["nccl_us"] = nccl_microseconds(timed, 20)
-        result["nccl_share"] = result["nccl_us"] / us
+    if cuda and (nccl := nccl_microseconds(timed, 20)):
+        result.update(nccl_us=nccl, nccl_share=nccl / us)
     return result
 
 

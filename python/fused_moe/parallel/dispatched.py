@@ -52,8 +52,8 @@ def dispatched_moe(
 
     The order of a token's sum: the experts of one rank as `cutlass_fused_moe` sums them, rounded
     to output_dtype; then the ranks in ascending order, in float32, rounded once more. Equal calls
-    give equal bits. With `row_per_expert` all k experts are summed in float32, in the order of
-    the ids: what the sm80 backend does on one GPU.
+    give equal bits. With `row_per_expert` each expert's summand is rounded to output_dtype, and
+    all k are summed in float32 in the order of the ids: as the sm80 backend does on one GPU.
 
     Args:
         input: [M, H], this rank's tokens. M may differ from rank to rank and be 0. Ranks of one
@@ -112,8 +112,9 @@ def dispatched_moe(
         if max_tokens is None:
             parts = _uneven_chunks(call, chunks)
         else:
-            parts = [PaddedChunk(call, begin, end) for begin, end in _bounds(max_tokens, chunks)]
-        if chunks > 1 and input.is_cuda:
+            bounds = _bounds(max_tokens, chunks)
+            parts = [PaddedChunk(call, begin, end) for begin, end in bounds if begin < end]
+        if len(parts) > 1 and input.is_cuda:
             lanes.run_overlapped(parts, groups.exchange_stream(input.device))
         else:
             lanes.run_in_sequence(parts)
@@ -207,10 +208,17 @@ def _check_tensors(
         )
     if output_dtype not in _DTYPES:
         raise ValueError(f"output_dtype is {output_dtype}; it must be one of {list(_DTYPES)}")
-    for name, tensor in (("token_selected_experts", ids), ("token_final_scales", scales)):
-        if tensor is not None and tensor.device != input.device:
+    given = {"input": input, "token_selected_experts": ids, "token_final_scales": scales}
+    for name, tensor in given.items():
+        if tensor is not None and tensor.device != experts.fc1.device:
             raise ValueError(
-                f"{name} is on {tensor.device}; it must be on the device of input, {input.device}"
+                f"{name} is on {tensor.device}; it must be on the device of experts, "
+                f"{experts.fc1.device}: use {name}.to(...)"
+            )
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(
+                f"{name} is not contiguous; it must be contiguous, row-major: use "
+                f"{name}.contiguous()"
             )
 
 
