@@ -34,7 +34,8 @@ def test_the_floor_is_that_on_record(cell: dict[str, object]) -> None:
     tokens, recorded = cell["tokens"], cell["floor_us"]
     assert isinstance(tokens, int) and isinstance(recorded, int)
     shape = find_model(str(cell["model"])).shape
-    size = 2 if cell["weights"] == "same" else 1
+    # INT4 in groups of 128, their scales of 2 bytes counted.
+    size = {"same": 2, "int8": 1, "int4": 0.5 + 2 / 128}[str(cell["weights"])]
     floor = floor_seconds(shape, tokens, expected_touched(shape, tokens), size, _CEILINGS) * 1e6
     # The record has whole microseconds, and counted the experts that its routings touched: with
     # few tokens that is not the mean.

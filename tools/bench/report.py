@@ -55,7 +55,8 @@ def markdown(document: dict[str, Any]) -> str:
     """One row a cell: floor, ours with its share of the floor, every peer, the best on record."""
     cells = document["cells"]
     known = best_peers(document["chip"])
-    peers = [name for name in (cells[0]["results"] if cells else {}) if name not in _OURS]
+    named = dict.fromkeys(name for cell in cells for name in cell["results"])
+    peers = [name for name in named if name not in _OURS]
     columns = ["model", "weights", "M", "experts touched", "floor us", "ours us", "p10 to p90"]
     columns += ["of floor", "TB/s", "TFLOP/s", *[f"{peer} us" for peer in peers]]
     columns += ["best Ampere on record us", "ours / best"] if known else []
@@ -64,7 +65,10 @@ def markdown(document: dict[str, Any]) -> str:
     lines.append("|---|---|" + "--:|" * (len(columns) - 2))
     for cell in cells:
         ours = ours_of(cell)
-        row = [cell["model"], cell["weights"], str(cell["tokens"])]
+        kind = cell["weights"]
+        if cell.get("routing", "uniform") != "uniform":
+            kind += f", {cell['routing']}"
+        row = [cell["model"], kind, str(cell["tokens"])]
         row += [f"{cell['touched_experts']:.1f}", f"{cell['floor_us']:.0f}", cell_text(ours)]
         if "us" in ours:
             seconds = ours["us"] * 1e-6
@@ -74,10 +78,10 @@ def markdown(document: dict[str, Any]) -> str:
             row.append(f"{cell['operations'] / seconds / 1e12:.0f}")
         else:
             row += ["–"] * 4
-        row += [cell_text(cell["results"][peer]) for peer in peers]
+        row += [cell_text(cell["results"].get(peer, {})) for peer in peers]
         if known:
             best = known.get((cell["model"], cell["tokens"], cell["weights"]))
-            if best is None:
+            if best is None or cell.get("routing", "uniform") != "uniform":
                 row += ["–", "–"]
             else:
                 row.append(f"{best['ampere']['us']} {best['ampere']['who']}")

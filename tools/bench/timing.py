@@ -42,7 +42,7 @@ def _summary(times: list[float], calls: int) -> Timing:
     )
 
 
-def _capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
+def capture(calls: Sequence[Call]) -> torch.cuda.CUDAGraph:
     """A graph of the calls, one after another, each of which ran once before."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
@@ -79,7 +79,7 @@ def measure(calls: Sequence[Call], seconds: float, fewest: int = 5) -> Timing:
     """
     if not torch.cuda.is_available():
         return _measure_cpu(calls, seconds)
-    graph = _capture(calls)
+    graph = capture(calls)
     graph.replay()
     estimate = statistics.median(_replay_seconds(graph, 2))
     replays = max(fewest, min(200, int(seconds / max(estimate, 1e-6))))

@@ -4,16 +4,25 @@
 # Everything that is worth running on a machine with a GPU, in one command:
 #
 #     tools/gpu/check.sh OUT            all phases, in this order
-#     tools/gpu/check.sh OUT test bench these phases
+#     tools/gpu/check.sh OUT test int8  these phases
 #
 #     build     the extension, the tests, the benchmark and the demo
 #     test      //tests:sm80_moe with every GPU case; a case without its GPU fails
 #     code      //tests:sm80_machine_code
 #     demo      //:demo on the GPU
-#     bench     the six models, 16-bit weights, with the peers
+#     bench16   the six models, 16-bit weights, with the peers
 #     int8      the same with INT8 weights
+#     int4      the same with INT4 weights
+#     zipf      two models with skewed routing
+#     account   where the time goes: each launch of four cells
+#     summary   bench16, int8, int4 and zipf, as far as OUT has them: ours over the best peer's
 #     sanitize  the sanitizer cases under memcheck and racecheck
-#     sweep     every tactic on every cell; what the tactic choice is judged by (not in "all")
+#
+# and not in "all":
+#
+#     peers     every peer on few cells: do they load, are they right
+#     mxfp4     the six models with MXFP4 weights, which no peer here has
+#     sweep     every tactic on every cell; what the tactic choice is judged by
 #
 # Each phase's output goes to OUT/PHASE.log, results beside it (JUnit, JSON, tables, pictures), and
 # a line with its seconds to OUT/summary.txt. A phase that fails does not stop the next one.
@@ -27,6 +36,8 @@
 #     BAZEL           the program; default: bazel if it is installed, else ./bazelw
 #     BAZEL_FLAGS     further flags, such as --disk_cache=/path
 #     BENCH_FLAGS     further flags of the benchmark
+#     PEERS           what tools/bench/bring_peers.py made; default: .peers/peers.tar.xz, if it is
+#                     there. Without it the only peers are this benchmark's Triton and PyTorch's.
 set -uo pipefail
 if [ $# -lt 1 ]; then
   sed -n '4,/^set /p' "${BASH_SOURCE[0]}" | grep '^#' | cut -c3-
@@ -47,6 +58,10 @@ if [ -z "${BAZEL:-}" ]; then
   BAZEL=$(command -v bazel || echo ./bazelw)
 fi
 export BAZEL
+if [ -z "${PEERS+set}" ]; then
+  PEERS=
+  [ -s .peers/peers.tar.xz ] && PEERS=$PWD/.peers/peers.tar.xz
+fi
 capability=$(nvidia-smi --query-gpu=compute_cap --format=csv,noheader 2> /dev/null | head -1)
 if [ -z "${CONFIG:-}" ]; then
   case $capability in
@@ -76,8 +91,23 @@ bench() {
   shift
   # shellcheck disable=SC2086  # words
   "$BAZEL" build "${flags[@]}" //tools/bench:moe &&
-    bazel-bin/tools/bench/moe --json="$out/$name.json" --table="$out/$name.md" \
-      --plot="$out/$name.png" "$@" ${BENCH_FLAGS:-}
+    bazel-bin/tools/bench/moe --json="$out/$name.json" --table="$out/$name.md" "$@" \
+      ${BENCH_FLAGS:-}
+}
+
+with_peers() {
+  local name=$1
+  shift
+  bench "$name" --peers="$PEERS" --plot="$out/$name.png" "$@"
+}
+
+summary() {
+  local found=() name
+  for name in bench16 int8 int4 zipf; do
+    [ -s "$out/$name.json" ] && found+=("$out/$name.json")
+  done
+  python3 tools/bench/summary.py "${found[@]}" --out="$out/sm80_peers.json" \
+    --table="$out/sm80_peers.md" --plot="$out/sm80_peers.png"
 }
 
 phase() {
@@ -100,7 +130,7 @@ failed=0
 } > "$out/summary.txt" 2>&1
 cat "$out/summary.txt"
 if [ $# -eq 0 ]; then
-  set -- build test code demo bench int8 sanitize
+  set -- build test code demo bench16 int8 int4 zipf account summary sanitize
 fi
 for name in "$@"; do
   case $name in
@@ -108,8 +138,20 @@ for name in "$@"; do
     test) phase test run_tests //tests:sm80_moe ;;
     code) phase code run_tests //tests:sm80_machine_code ;;
     demo) phase demo "$BAZEL" run "${flags[@]}" //demo:demo ;;
-    bench) phase bench bench bench ;;
-    int8) phase int8 bench int8 --weights=int8 ;;
+    bench16) phase bench16 with_peers bench16 ;;
+    int8) phase int8 with_peers int8 --weights=int8 ;;
+    int4) phase int4 with_peers int4 --weights=int4 ;;
+    mxfp4) phase mxfp4 bench mxfp4 --weights=mxfp4 --backends=sm80 ;;
+    zipf) phase zipf with_peers zipf --routing=zipf --models=Mixtral-8x7B,Qwen3-30B-A3B ;;
+    account)
+      phase account bench account --account \
+        --cells=Mixtral-8x7B@16384,Qwen3-30B-A3B@1,Qwen3-30B-A3B@64,Qwen3-30B-A3B@4096
+      ;;
+    summary) phase summary summary ;;
+    peers)
+      phase peers with_peers peers --weights=same,int8,int4 --seconds=0.02 \
+        --cells=Qwen3-30B-A3B@1,Qwen3-30B-A3B@512
+      ;;
     sanitize) phase sanitize tests/sanitize.sh "${flags[@]}" ;;
     sweep) phase sweep bench sweep --backends=sm80 --tactics=sweep ;;
     *) echo "no phase named $name" && failed=1 ;;

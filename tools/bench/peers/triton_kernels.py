@@ -160,12 +160,14 @@ def grouped_gemm(
 
 
 @triton.jit
-def swiglu(h, out, I, BLOCK: tl.constexpr):
-    """out[slot, i] = silu(h[slot, I + i]) * h[slot, i]: the rows of fc1 are [up; gate]."""
+def swiglu(h, out, I, BLOCK: tl.constexpr, GATE_FIRST: tl.constexpr = False):
+    """out[slot, i] = silu(gate) * up: h[slot] is [up; gate], or [gate; up] if GATE_FIRST."""
     slot = tl.program_id(0).to(tl.int64)
     i = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    up = tl.load(h + slot * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
-    gate = tl.load(h + slot * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+    first = tl.load(h + slot * 2 * I + i, mask=i < I, other=0.0).to(tl.float32)
+    second = tl.load(h + slot * 2 * I + I + i, mask=i < I, other=0.0).to(tl.float32)
+    gate = first if GATE_FIRST else second
+    up = second if GATE_FIRST else first
     value = gate / (1 + tl.exp(-gate)) * up
     tl.store(out + slot * I + i, value.to(out.dtype.element_ty), mask=i < I)
 
