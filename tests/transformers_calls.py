@@ -4,7 +4,9 @@
 from __future__ import annotations
 
 import copy
+import importlib.util
 import pickle
+import sys
 import weakref
 from pathlib import Path
 from typing import Any
@@ -150,6 +152,64 @@ def test_quantizing_a_running_model(family: str, folders: dict[str, Path]) -> No
     run(model)
     model.set_experts_implementation("fused_moe_int8")
     assert torch.equal(run(model), run(load(folders[family], "fused_moe_int8")))
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kept", ["int8", "int4", "mxfp4"])
+@pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
+def test_quantizing_while_reading(
+    family: str,
+    kept: str,
+    device: str,
+    folders: dict[str, Path],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:
+    if device == "cuda":
+        require_sm80()
+    if family not in folders:
+        write_checkpoint(family, tmp_path / family)
+    folder = folders.get(family, tmp_path / family)
+    config = moe.quantization(kept)
+    unquantized: list[weakref.ref[torch.Tensor]] = []
+    operation = type(config).__module__
+    convert = sys.modules[operation]._Quantize.convert
+
+    def watched(self: Any, tensors: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+        assert not any(reference() is not None for reference in unquantized)
+        (weight,) = tensors.values()
+        unquantized.append(weakref.ref(weight[0] if isinstance(weight, list) else weight))
+        return convert(self, tensors, *args, **kwargs)
+
+    monkeypatch.setattr(sys.modules[operation]._Quantize, "convert", watched)
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    # Onto the GPU at once where transformers can: that takes accelerate.
+    there = device == "cuda" and importlib.util.find_spec("accelerate") is not None
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        folder,
+        dtype=dtype,
+        quantization_config=config,
+        attn_implementation="eager",
+        device_map={"": device} if there else None,
+    ).to(device)
+    modules = experts_modules(model)
+    assert len(unquantized) == 2 * len(modules) > 0
+    assert moe.prepare(model) == len(modules)
+    assert model.config._experts_implementation == f"fused_moe_{kept}"
+    later = load(folder, f"fused_moe_{kept}", dtype, device)
+    assert torch.equal(run(model), run(later))
+    prompt = IDS[:1].to(device)
+    options = {"attention_mask": torch.ones_like(prompt), "max_new_tokens": 4, "do_sample": False}
+    assert torch.equal(model.generate(prompt, **options), later.generate(prompt, **options))
+    with pytest.raises(ValueError, match="not serializable"):
+        model.save_pretrained(tmp_path / "saved")
+    with pytest.raises(RuntimeError, match="original weights released"):
+        model.state_dict()
+
+
+def test_quantization_names_its_formats() -> None:
+    with pytest.raises(ValueError, match=r"experts is 'fp8'; it must be one of \['int8', 'int4'"):
+        moe.quantization("fp8")
 
 
 def test_a_quantized_model_cannot_go_back(folders: dict[str, Path], tmp_path: Path) -> None:
@@ -389,7 +449,7 @@ def test_expert_parallel_ids(folders: dict[str, Path]) -> None:
 
 
 def test_missing_transformers_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(__import__("sys").modules, "transformers.integrations.moe", None)
+    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
     with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer.*pip install"):
         moe.register()
 

@@ -17,6 +17,9 @@ from typing import Any
 import torch
 import transformers
 
+# The products are too small to share among threads.
+torch.set_num_threads(1)
+
 VOCABULARY = 128
 HIDDEN = 64
 

@@ -94,17 +94,19 @@ def recognize(module: torch.nn.Module) -> tuple[Activation, Layout]:
         NotImplementedError: it is none of them.
     """
     transposed = bool(getattr(module, "is_transposed", False))
-    weight = getattr(module, first_name(module))
+    device = getattr(module, first_name(module)).device
+    device = torch.device("cpu") if device.type == "meta" else device  # not loaded yet
     draw = torch.Generator().manual_seed(0)
     reach = max(4.0, 3 * (_attribute(module, "limit", "swiglu_limit") or 0.0))
-    x = (torch.rand(64, 64, generator=draw) * 2 - 1) * reach
+    # Named, because transformers makes "meta" the default device while it builds a model.
+    x = (torch.rand(64, 64, generator=draw, device="cpu") * 2 - 1) * reach
     if first_name(module) == "up_proj":
-        theirs = module.act_fn(x.to(weight.device)).cpu()
+        theirs = module.act_fn(x.to(device)).cpu()
         for kind in ActivationType:
             if not kind.is_gated and _same(theirs, reference_activation(x, kind)):
                 return Activation(kind), Layout(False, False, transposed)
         raise NotImplementedError(_unknown(module))
-    theirs = module._apply_gate(x.to(weight.device)).cpu()
+    theirs = module._apply_gate(x.to(device)).cpu()
     # Older versions do not say which order a class has.
     concatenated = getattr(module, "is_concatenated", None)
     for interleaved in (False, True) if concatenated is None else (not concatenated,):
@@ -175,8 +177,14 @@ def rewrite(module: torch.nn.Module, layout: Layout, *, back: bool) -> None:
     first = first_name(module)
     _rewrite(getattr(module, first), gated=layout.gated, layout=layout, back=back)
     _rewrite(module.down_proj, gated=False, layout=layout, back=back)
+    rewrite_bias(module, layout, back=back)
+
+
+def rewrite_bias(module: torch.nn.Module, layout: Layout, *, back: bool) -> None:
+    """Puts the first product's bias alone, if there is one, into our order, or `back`."""
     if getattr(module, "has_bias", False):
-        _rewrite(getattr(module, f"{first}_bias"), gated=layout.gated, layout=layout, back=back)
+        bias = getattr(module, f"{first_name(module)}_bias")
+        _rewrite(bias, gated=layout.gated, layout=layout, back=back)
 
 
 def weight(module: torch.nn.Module, name: str, layout: Layout) -> torch.Tensor:
@@ -189,7 +197,7 @@ def weight(module: torch.nn.Module, name: str, layout: Layout) -> torch.Tensor:
 
 
 def check(module: torch.nn.Module) -> None:
-    """Refuses what the conversion in place, or the layer, cannot serve.
+    """Refuses weights that the conversion in place cannot serve.
 
     Raises:
         NotImplementedError: the text says what, and what to do instead.
@@ -219,6 +227,15 @@ def check(module: torch.nn.Module) -> None:
                 f"{name}.{parameter} is {where}; the layer needs its experts on the device, as "
                 "ordinary tensors"
             )
+
+
+def check_class(module: torch.nn.Module) -> None:
+    """Refuses a module whose computation or placement the layer has nothing for.
+
+    Raises:
+        NotImplementedError: the text says what, and what to do instead.
+    """
+    name = type(module).__name__
     if getattr(module, "has_post_expert_norm", False):
         raise NotImplementedError(
             f"{name} normalizes each expert's output, which the fused layer has no step for; "
