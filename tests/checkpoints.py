@@ -202,6 +202,14 @@ def test_other_zero_points_are_refused(layout: str) -> None:
         CONVERTERS[layout](**tensors)
 
 
+@pytest.mark.parametrize("zero", [zero for zero in range(16) if zero not in (7, 8)])
+def test_no_other_zero_point_is_exact_with_all_codes(zero: int) -> None:
+    matrix = Matrix(8, 32, 32, zeros=zero)
+    matrix.codes = torch.arange(32).expand(8, 32) % 16
+    with pytest.raises(ValueError, match=f"group 0 of row 0 has the zero point {zero}, "):
+        int4_from_awq(**matrix.awq())
+
+
 def test_compressed_tensors_with_the_zero_point_8() -> None:
     matrix = Matrix(16, 64, 32, zeros=8)
     packed, scale = int4_from_compressed_tensors(**matrix.compressed_tensors(symmetric=False))

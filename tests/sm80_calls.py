@@ -308,6 +308,17 @@ def test_scales_of_every_size(tokens: int) -> None:
             check(layer, layer.run())
 
 
+@pytest.mark.parametrize("weights", ["int8", "uint8", "int4_32", "int4_64", "int4_128"])
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_scales_may_be_negative(tokens: int, weights: str) -> None:
+    require_sm80()
+    case = dataclasses.replace(_SMALL, intermediate=256, tokens=tokens, weights=weights)
+    with realized(case) as layer:
+        for scale in layer.quant_scales:
+            scale *= torch.randint(0, 2, scale.shape, device="cuda") * 2 - 1
+        check(layer, layer.run())
+
+
 @pytest.mark.parametrize("weights", ["int4_32", "int4_64", "int4_128", "mxfp4"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_each_code_and_each_group_has_its_own_value(dtype: str, weights: str) -> None:
