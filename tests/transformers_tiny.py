@@ -22,6 +22,7 @@ torch.set_num_threads(1)
 
 VOCABULARY = 128
 HIDDEN = 64
+IDS = torch.arange(2, 22).view(2, 10)
 
 _COMMON: dict[str, Any] = {
     "vocab_size": VOCABULARY,
@@ -206,3 +207,9 @@ def load(
         attn_implementation="eager",
         local_files_only=True,
     ).to(device)
+
+
+@torch.no_grad()
+def run(model: Any) -> torch.Tensor:
+    """The logits of IDS, [2, 10, VOCABULARY]."""
+    return model(IDS.to(model.device), use_cache=False).logits

@@ -53,9 +53,9 @@ class _Quantize(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        *_: Any,
+        *args: Any,
         full_layer_name: str,
-        **__: Any,
+        **kwargs: Any,
     ) -> dict[str, torch.Tensor]:
         (weight,) = input_dict.values()
         weight = weight[0] if isinstance(weight, list) else weight
@@ -82,7 +82,7 @@ class FusedMoeQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.plans: dict[str, tuple[experts.Layout, int]] = {}
 
-    def param_needs_quantization(self, model: Any, param_name: str, **_: Any) -> bool:
+    def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a parameter of the checkpoint is an expert's weight."""
         path, _, name = param_name.rpartition(".")
         return path in self.plans and name in _names(model.get_submodule(path))
