@@ -21,7 +21,7 @@ EVERYWHERE = (
     "meshes_with_one_kind",
     "ranks_that_disagree",
 )
-FOUR_RANKS = ("meshes", "groups_of_some_ranks")
+FOUR_RANKS = ("meshes", "groups_of_some_ranks", "documented_program")
 ON_GPUS = ("captured",)
 FAULTS = (
     "rank_dies_in_replicated",

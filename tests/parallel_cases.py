@@ -6,6 +6,8 @@ Each rank takes its share of the same layer, and knows what one process would co
 
 from __future__ import annotations
 
+import pathlib
+import re
 from typing import Any
 
 import torch
@@ -229,6 +231,23 @@ def groups_of_some_ranks(me: Rank) -> None:
         assert "is not in the ep group" in str(error), error
     else:
         raise AssertionError("a group of others was accepted")
+
+
+def documented_program(me: Rank) -> None:
+    """The program of docs/parallel.md, as it stands there but for the device. Of four ranks."""
+    page = pathlib.Path(__file__).absolute().parent.parent / "docs" / "parallel.md"
+    program = re.search(r"```python\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
+    assert program is not None
+    layer = real_layer(me, "int8", ActivationType.Swiglu, biases=())
+    x, ids, scales = layer.tokens(9)
+    names = {"x": x, "ids": ids, "scales": scales, "fc1": layer.experts.fc1}
+    names.update(fc2=layer.experts.fc2, quant_scales=layer.experts.quant_scales)
+    lines = program[1].replace('"cuda"', f'"{me.device.type}"').splitlines()
+    ends = [number for number, line in enumerate(lines) if line.startswith("out = ")]
+    assert len(ends) == 2
+    for begin, end in ((0, ends[0]), (ends[0] + 1, ends[1])):
+        exec("\n".join(lines[begin : end + 1]), names)
+        layer.check(names["out"], x, ids, scales)
 
 
 def captured(me: Rank) -> None:
