@@ -22,6 +22,7 @@ from fused_moe.tuning import storage
 from tuning_stand_ins import CHIP, Stage, set_stage
 
 BUCKETS = [1, 2, 4, 8, 16, 32, 64]
+LAYER = ("weights", "hidden", "intermediate", "ep_size")  # options of the layer, not of the call
 
 
 @pytest.fixture
@@ -33,7 +34,7 @@ def stage(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> 
 def run(stage: Stage, tokens: int = 13, **options: Any) -> Any:
     """A call; returns the tactics that the extension was given, None without."""
     options = {"tune_max_num_tokens": 64, **options}
-    layer = {key: options.pop(key) for key in ("weights", "hidden", "ep_size") if key in options}
+    layer = {key: options.pop(key) for key in LAYER if key in options}
     cutlass_fused_moe(**make_layer(tokens=tokens, **layer), backend="sm80", **options)
     return stage.extension.runs[-1]
 
@@ -61,7 +62,8 @@ def test_other_layers_are_other_results(stage: Stage) -> None:
     with autotune(tuning_buckets=[16]):
         run(stage)
     others: list[dict[str, Any]] = [{"hidden": 128}, {"ep_size": 2}, {"weights": "int8"}]
-    others += [{"weights": w, "hidden": 256} for w in ("int4_32", "int4_64", "mxfp4")]
+    sizes = {"hidden": 256, "intermediate": 192}
+    others += [{"weights": w, **sizes} for w in ("int4_32", "int4_64", "mxfp4")]
     for options in others:
         assert run(stage, 16, **options) is None, options
         with autotune(tuning_buckets=[16]):
@@ -164,7 +166,7 @@ def test_capture_is_skipped(stage: Stage, caplog: pytest.LogCaptureFixture) -> N
         assert caplog.text.count("captured into a CUDA graph") == 1
         assert not stage.machine.requests
         stage.machine.captures = False
-        assert run(stage, 16) == (0, 0)
+        assert run(stage) == (0, 0)
         stage.machine.captures = True
         assert run(stage, 16) == (0, 0), "what is known is used in a capture too"
 
@@ -329,6 +331,7 @@ def test_results_that_do_not_count_here(
         assert run(stage, 32) is None and run(stage, 33) is None
     warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
     assert len(warnings) == 1 and re.search(message, warnings[0]), warnings
+    assert "0.0.1" not in {key.version for key in stage.tuner.results()}
     assert "tactics.json" in warnings[0] or "4 experts of 64x48" in warnings[0]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import pathlib
 import stat
 from concurrent.futures import ThreadPoolExecutor
@@ -81,7 +82,9 @@ def test_round_trip(tmp_path: pathlib.Path) -> None:
     (line,) = (line for line in text.splitlines() if line.strip().startswith('"4096"'))
     assert "16x128x64" in line and "31.2" in line, "one line for each number of tokens"
     assert [p.name for p in tmp_path.iterdir()] == ["tactics.json"]
-    assert stat.S_IMODE(path.stat().st_mode) & 0o444, "nobody may read it"
+    mask = os.umask(0o022)
+    os.umask(mask)
+    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, "not as other files are"
 
 
 def test_merging_keeps_the_rest(tmp_path: pathlib.Path) -> None:

@@ -8,6 +8,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -113,6 +114,21 @@ def test_a_gain_must_be_more_than_noise(gain: float, taken: bool) -> None:
     layer.noise = lambda pair, number: 1 + 0.05 * (number % 3 - 1)
     found = search(layer.space((3, 3)), layer)
     assert found.noise > 0.02 and found.pair == (3, 3)
+
+
+def test_a_gain_must_show_in_most_rounds() -> None:
+    layer = Layer(dict.fromkeys(HEIGHTS, 60.0), dict.fromkeys(HEIGHTS, 30.0))
+    layer.gemm1[4] = 54
+    for share, taken in ((9, True), (7, True), (5, False)):
+        count = itertools.count()
+
+        def noise(pair: Pair, number: int, share: int = share, count: Any = count) -> float:
+            # Ahead of the confirmation as it is; in it, behind in some rounds of the nine.
+            return 1.0 if pair != (4, 3) or number < 25 or next(count) % 9 < share else 1.3
+
+        layer.rounds, layer.noise = 0, noise
+        found = search(layer.space((3, 3)), layer)
+        assert (found.pair == (4, 3)) == taken, f"ahead in {share} of 9 rounds"
 
 
 def test_a_drift_of_the_clock_favours_nobody() -> None:
