@@ -39,7 +39,9 @@ from tolerances import TOLERANCES, relative_error
 
 _MODEL = flags.DEFINE_string("model", "DeepSeek-V2-Lite", "A name of fused_moe.models.")
 _TOKENS = flags.DEFINE_list("tokens", ["64", "4096"], "M of each table, over all ranks.")
-_WEIGHTS = flags.DEFINE_enum("weights", "same", ["same", "int8"], "Same as activations, or INT8.")
+_WEIGHTS = flags.DEFINE_enum(
+    "weights", "same", ["same", "int8", "uint8", "int4", "mxfp4"], "Same is that of activations."
+)
 _DTYPE = flags.DEFINE_enum("dtype", "bfloat16", sorted(DTYPES), "Of activations.")
 _RANKS = flags.DEFINE_integer("ranks", 2, "Processes, one a GPU.")
 _DEVICE = flags.DEFINE_enum("device", "cuda", ["cuda", "cpu"], "Where.")
@@ -244,7 +246,12 @@ def run_rank(rank: int, options: Options, folder: str) -> None:
     torch.manual_seed(0)  # the same layer and the same tokens on every rank
     weights = make_weights(model, options.weights, dtype, device)
     whole = ExpertWeights(
-        weights.fc1, weights.fc2, weights.quant_scales, activation_type=model.activation
+        weights.fc1,
+        weights.fc2,
+        weights.quant_scales,
+        activation_type=model.activation,
+        use_packed_weights=options.weights == "int4",
+        use_w4_group_scaling=options.weights == "mxfp4",
     )
     shares = {
         kind: whole.shard(ParallelGroups(**{kind: dist.group.WORLD})) for kind in ("tp", "ep")
