@@ -91,6 +91,7 @@ class Doubling(EngineMoe):
     def __init__(self, choices: list[Any]) -> None:
         super().__init__(pathlib.Path())
         self._choices = choices
+        self.broken: Any = {"BLOCK_SIZE_M": 0}
         self.ran: list[Any] = []
 
     def formats(self) -> list[str]:
@@ -101,7 +102,7 @@ class Doubling(EngineMoe):
 
     def run_with(self, layer: Any, wanted: Any) -> torch.Tensor:
         self.ran.append(wanted)
-        if wanted == {"BLOCK_SIZE_M": 0}:
+        if wanted == self.broken:
             raise RuntimeError("out of resources")
         return layer.x * 2
 
@@ -121,6 +122,10 @@ def test_the_fastest_configuration_that_runs_is_taken() -> None:
     engine.run(layer)
     assert engine.ran == [None, broken, fast, fast]
     assert engine.chosen(layer) == "16/32/32/1/4/2"
+    alone = Doubling([None, fast])
+    alone.broken = None
+    alone.tune(layer, lambda run: run(layer) is None or 1.0)
+    assert alone.chosen(layer).startswith("16/32/32/1/4/2; its own does not run: RuntimeError")
     with pytest.raises(RuntimeError, match="no configuration") as raised:
         Doubling([broken]).tune(layer, seconds)
     assert "out of resources" in str(raised.value.__cause__)

@@ -24,6 +24,7 @@ LABELS = {"same": "16-bit", "int8": "INT8", "int4": "INT4", "uint8": "UINT8", "m
 # Above this ratio a peer counts as faster: the noise between two measurements.
 NOISE = 1.02
 _MANY_TOKENS = 512
+_FEW_TOKENS = 64
 
 
 def _key(cell: dict[str, Any]) -> tuple[str, str, int, str]:
@@ -132,7 +133,7 @@ def rows(document: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def _name(row: dict[str, Any]) -> str:
-    return f"{row['model']} at {row['tokens']} tokens"
+    return f"{row['model']} at {row['tokens']} token{'s' if row['tokens'] > 1 else ''}"
 
 
 def statistics_of(group: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -161,6 +162,28 @@ def groups(all_rows: Sequence[dict[str, Any]]) -> list[tuple[str, list[dict[str,
     return result
 
 
+def bars(all_rows: Sequence[dict[str, Any]]) -> list[str]:
+    """A table of what peers do not enter: few tokens by the floor, many by our own 16-bit time."""
+    lines = [
+        "| weights | ours / floor, 1 to 64 tokens: median | worst | ours / own 16-bit, from 512 "
+        "tokens on: median | worst |",
+        "|---|--:|---|--:|---|",
+    ]
+    for label, group in groups(all_rows)[1:]:
+        row = [label]
+        floors = [(r["us"] / r["floor_us"], r) for r in group if r["tokens"] <= _FEW_TOKENS]
+        own = [(r["of_own_16bit"], r) for r in group if "of_own_16bit" in r]
+        for found in (floors, own):
+            if found:
+                worst, where = max(found, key=lambda pair: pair[0])
+                median = statistics.median(value for value, _ in found)
+                row += [f"{median:.2f}", f"{worst:.2f}, {_name(where)}"]
+            else:
+                row += ["–", "–"]
+        lines.append("| " + " | ".join(row) + " |")
+    return [*lines, ""]
+
+
 def markdown(document: dict[str, Any]) -> str:
     """The statistics, the cells above the noise, and the table of all cells."""
     all_rows = rows(document)
@@ -187,7 +210,7 @@ def markdown(document: dict[str, Any]) -> str:
             for r in sorted(above, key=lambda r: -r["ratio"])
         ]
         lines += ["A peer is faster in:", "", *(f"- {cell}" for cell in cells), ""]
-    lines += table(document, all_rows)
+    lines += [*bars(all_rows), *table(document, all_rows)]
     return "\n".join([*lines, ""])
 
 

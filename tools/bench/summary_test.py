@@ -150,6 +150,23 @@ def test_the_statistics() -> None:
     assert "- Mixtral-8x7B at 512 tokens, 16-bit: 1.10 of vllm" in text
 
 
+def test_floors_and_our_own_16_bit_time() -> None:
+    cells = [
+        cell(MIXTRAL, tokens, kind, {"sm80": timed(us)})
+        for tokens, kind, us in (
+            (1, "int8", 168.0 * 1.1),
+            (8, "int8", 168.0 * 1.3),
+            (512, "same", 100.0),
+            (512, "int8", 104.0),
+            (4096, "same", 100.0),
+            (4096, "int8", 112.0),
+        )
+    ]
+    text = "\n".join(summary.bars(summary.rows(document(*cells))))
+    assert "| 16-bit | – | – | – | – |" in text
+    assert "| INT8 | 1.20 | 1.30, Mixtral-8x7B at 8 tokens | 1.08 | 1.12, Mixtral-8x7B at " in text
+
+
 def test_what_is_written(tmp_path: pathlib.Path) -> None:
     results = {"sm80": timed(170.0), "vllm": timed(190.0)}
     whole = document(cell(MIXTRAL, 1, "same", results), cell(MIXTRAL, 8, "same", {}))

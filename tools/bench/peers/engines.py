@@ -58,6 +58,7 @@ class EngineMoe:
         """`root`: the unpacked files of bring_peers.py."""
         self.root = root
         self._chosen: dict[object, Config | None] = {}
+        self._refused: dict[object, str] = {}
         self.note = ""
 
     def formats(self) -> Sequence[str]:
@@ -94,11 +95,14 @@ class EngineMoe:
         tried: list[tuple[float, int]] = []
         choices = self.choices(layer)
         failure: Exception | None = None
+        self._refused.pop(self._key(layer), None)
         for index, wanted in enumerate(choices):
             try:
                 tried.append((seconds(self._runner(wanted)), index))
             except Exception as error:  # more shared memory than there is, mostly
-                failure = failure if index and failure else error
+                failure = failure or error
+                if wanted is None:
+                    self._refused[self._key(layer)] = f"; its own does not run: {error!r}"[:200]
                 if isinstance(error, getattr(torch, "AcceleratorError", ())):
                     raise  # nothing on this device works any more
         if not tried:
@@ -111,7 +115,8 @@ class EngineMoe:
     def chosen(self, layer: Layer) -> str:
         """What `tune` found, for the report."""
         wanted = self._chosen[self._key(layer)]
-        return "its own" if wanted is None else "/".join(str(value) for value in wanted.values())
+        tiles = "its own" if wanted is None else "/".join(str(value) for value in wanted.values())
+        return tiles + self._refused.get(self._key(layer), "")
 
     def run(self, layer: Layer) -> torch.Tensor:
         """The layer's output, [M, H]."""
