@@ -28,7 +28,7 @@ from fused_moe.activation import (
     ActivationType,
 )
 from fused_moe.arguments import WEIGHTS_INT4, WEIGHTS_MXFP4, WEIGHTS_UINT8, MoeCall
-from fused_moe.quantization import UINT8_OFFSET, dequantize_int4, dequantize_mxfp4
+from fused_moe.quantization import UINT8_OFFSET, FourBitDecoder
 
 # Rows of one expert worked on at once: enough for the full rate of a matrix product.
 ROWS = 1024
@@ -61,7 +61,7 @@ class _Weights:
     ) -> None:
         self.weights = weights
         self.format = call.weight_format
-        self.group_scales = scales if call.group_size else None
+        self.scales = scales
         self.channel_scales = None if call.group_size else scales
         self.biases = biases
         self.dtype = torch.float32
@@ -71,6 +71,10 @@ class _Weights:
             and _bfloat16_is_fast()
         ):
             self.dtype = torch.bfloat16
+        self.decoder: FourBitDecoder | None = None
+        if call.group_size:
+            mxfp4 = self.format == WEIGHTS_MXFP4
+            self.decoder = FourBitDecoder(self.dtype, weights.device, mxfp4=mxfp4)
         self.repair = repair and self.dtype == torch.bfloat16
         depth = weights.shape[2] * (2 if call.group_size else 1)
         self.columns = COLUMNS
@@ -80,10 +84,8 @@ class _Weights:
     def _numbers(self, expert: int, begin: int, end: int) -> torch.Tensor:
         """Rows of an expert's weight, [end - begin, K] of `self.dtype`, channel scales apart."""
         block = self.weights[expert, begin:end]
-        if self.group_scales is not None:
-            scales = self.group_scales[expert, begin:end]
-            dequantize = dequantize_mxfp4 if self.format == WEIGHTS_MXFP4 else dequantize_int4
-            return dequantize(block, scales, self.dtype)
+        if self.decoder is not None and self.scales is not None:
+            return self.decoder(block, self.scales[expert, begin:end])
         if block.dtype != self.dtype:
             block = block.to(self.dtype)
             if self.format == WEIGHTS_UINT8:
