@@ -6,6 +6,7 @@ from __future__ import annotations
 import ast
 import itertools
 import pathlib
+from typing import Any
 
 import pytest
 import torch
@@ -72,7 +73,13 @@ def test_the_stub_names_the_arguments() -> None:
 def test_workspace_bound(name: str) -> None:
     model = MODELS[name]
     slot = 2 * (model.intermediate_size + 2 * model.hidden_size)
-    formats = (None, torch.int8, torch.uint8)
+    formats: tuple[dict[str, Any], ...] = (
+        {},
+        {"weight_dtype": torch.int8},
+        {"weight_dtype": torch.uint8},
+        {"weight_dtype": torch.uint8, "use_packed_weights": True},
+        {"weight_dtype": torch.uint8, "use_w4_group_scaling": True},
+    )
     for weights, ep_size in itertools.product(formats, (1, 4)):
         previous = 0
         for tokens in (0, 1, 2, 7, 64, 257, 1000, 4096, 16384, 65536, 131072):
@@ -83,10 +90,10 @@ def test_workspace_bound(name: str) -> None:
                 model.num_experts,
                 model.top_k,
                 x_dtype=torch.bfloat16,
-                weight_dtype=weights,
                 activation_type=model.activation,
                 ep_size=ep_size,
                 backend="sm80",
+                **weights,
             )
             bound = slot * tokens * model.top_k + (1 << 20)
             assert previous <= nbytes <= bound, f"{tokens} tokens: {nbytes}, bound {bound}"

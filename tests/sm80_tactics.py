@@ -73,6 +73,14 @@ def tactics_for(weights: str) -> list[Any]:
     return tactics
 
 
+def whole_layer_pairs(case: Case, shared_memory_per_block: int) -> list[tuple[int, int]]:
+    """The pairs that run both products in one launch, which only work together."""
+    pairs: list[tuple[int, int]] = []
+    if hasattr(C, "whole_layer_tactics"):
+        pairs = C.whole_layer_tactics("sm80", problem_of(case), shared_memory_per_block)
+    return pairs
+
+
 def problem_of(case: Case) -> Any:
     """The extension's view of a case."""
     problem, _ = arguments.plan_problem(
@@ -115,8 +123,10 @@ def model_cases(weights: str = "same") -> Iterator[Case]:
 def _choose(case: Case, chip: Chip) -> list[Any]:
     pair = C.choose_tactics("sm80", problem_of(case), **dataclasses.asdict(chip))
     tactics = tactics_for(case.weights)
-    allowed = C.supported_tactics("sm80", problem_of(case), chip.shared_memory_per_block)
-    assert set(pair) <= set(allowed), f"{case.id}: chose {pair}, {sorted(allowed)} fit"
+    limit = chip.shared_memory_per_block
+    allowed = C.supported_tactics("sm80", problem_of(case), limit)
+    if tuple(pair) not in whole_layer_pairs(case, limit):
+        assert set(pair) <= set(allowed), f"{case.id}: chose {pair}, {sorted(allowed)} fit"
     return [tactics[index] for index in pair]
 
 
@@ -128,6 +138,9 @@ def test_the_extension_has_the_sm80_backend(weights: str) -> None:
     tactics = tactics_for(weights)
     assert len({tactic.name for tactic in tactics}) == len(tactics) > 0
     for tactic in tactics:
+        if getattr(tactic, "whole_layer", False):
+            assert tactic.tile_m % 8 == 0 and tactic.threads % 32 == 0
+            continue
         assert tactic.tile_m % 16 == 0 and tactic.tile_n % 8 == 0 and tactic.tile_k % 16 == 0
         assert tactic.threads % 32 == 0 and 32 <= tactic.threads <= 1024
         assert tactic.stages >= 2
@@ -199,6 +212,8 @@ def forced(**settings: Any) -> Iterator[None]:
 _TACTICS_SHAPES = {
     "odd": Case("tactic", 328, 176, 6, 3, 33, biases="both", routing="garbage"),
     "few": Case("tactic", 512, 256, 16, 2, 5, dtype="float16"),
+    "one": Case("tactic", 1024, 768, 8, 4, 1, biases="both", routing="outside"),
+    "some": Case("tactic", 640, 448, 4, 2, 12, dtype="float16", biases="fc2", ep_size=2),
     "rows": Case("tactic", 256, 352, 4, 2, 700, activation=ActivationType.Geglu),
     "plain": Case("tactic", 192, 464, 5, 2, 130, activation=ActivationType.Relu2),
 }
@@ -222,17 +237,19 @@ def test_every_tactic_is_right(weights: str, shape: str) -> None:
         assert layer.fc1.dtype == weight_dtype(case)
         supported = sorted(C.supported_tactics("sm80", problem_of(case), limit))
         assert supported
+        pairs = set(whole_layer_pairs(case, limit))
         for step, first in enumerate(supported):
             second = supported[(step * 7 + 3) % len(supported)]
-            for pair in {(first, second), (second, first), (first, first)}:
-                names = [tactics_for(weights)[index].name for index in pair]
-                try:
-                    with forced(tactics=pair):
-                        out = run_poisoned(layer, 0xFF)
-                        assert same_bits(out, run_poisoned(layer, 0x7B)), "two runs differ"
-                    check(layer, out)
-                except (AssertionError, RuntimeError) as error:
-                    raise AssertionError(f"tactics {names}: {error}") from error
+            pairs |= {(first, second), (second, first), (first, first)}
+        for pair in sorted(pairs):
+            names = [tactics_for(weights)[index].name for index in pair]
+            try:
+                with forced(tactics=pair):
+                    out = run_poisoned(layer, 0xFF)
+                    assert same_bits(out, run_poisoned(layer, 0x7B)), "two runs differ"
+                check(layer, out)
+            except (AssertionError, RuntimeError) as error:
+                raise AssertionError(f"tactics {names}: {error}") from error
 
 
 @_needs_build

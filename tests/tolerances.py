@@ -4,9 +4,9 @@
 Every comparison of numbers in the tests uses this one table.
 
 An error is relative and in norm: ||out - ref|| / ||ref||, over the whole output. Both sides
-get the same rounded inputs (INT8: the reference uses the dequantized weights), so what is
-left is what the layer itself rounds. A 16-bit number of p significant bits is off by up to
-2^-p of its size, about 0.4 * 2^-p on average in norm:
+get the same rounded inputs (of quantized weights the reference uses what they mean, q * scale
+in float32), so what is left is what the layer itself rounds. A 16-bit number of p significant
+bits is off by up to 2^-p of its size, about 0.4 * 2^-p on average in norm:
 
     bfloat16, p = 8:  1.6e-3 a rounding;    float16, p = 11:  2.0e-4 a rounding
 
