@@ -29,6 +29,7 @@ class Layer:
     together: dict[Pair, float] = dataclasses.field(default_factory=dict)
     noise: Callable[[Pair, int], float] = lambda pair, number: 1.0
     broken: set[int] = dataclasses.field(default_factory=set)
+    error: type[Exception] = RuntimeError
     rounds: int = 0
     timed: set[Pair] = dataclasses.field(default_factory=set)
 
@@ -41,7 +42,7 @@ class Layer:
     def __call__(self, pair: Pair, rounds: int) -> list[float]:
         """The timer."""
         if set(pair) & self.broken:
-            raise RuntimeError(f"no tactic {pair}")
+            raise self.error(f"no tactic {pair}")
         self.timed.add(pair)
         times = []
         for _ in range(rounds):
@@ -162,15 +163,17 @@ def test_hopeless_heights_are_not_tried() -> None:
     assert layer.rounds * 24 < 1500, "a second and a half, in milliseconds"
 
 
-def test_a_tactic_that_does_not_run_is_left_out() -> None:
+@pytest.mark.parametrize("error", [RuntimeError, ValueError])
+def test_a_tactic_that_does_not_run_is_left_out(error: type[Exception]) -> None:
     layer = random_layer(1)
+    layer.error = error
     best = search(layer.space((3, 3)), layer).pair
     layer.broken = {best[0]}
     found = search(layer.space((3, 3)), layer)
     assert best[0] not in found.pair
     assert found.failed and all("no tactic" in why for why in found.failed.values())
     layer.broken = {3}
-    with pytest.raises(RuntimeError, match="no tactic"):
+    with pytest.raises(error, match="no tactic"):
         search(layer.space((3, 3)), layer)
 
 

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 Pair = tuple[int, int]
 
-# Times a pair: microseconds of a call in each of so many rounds. RuntimeError: it does not run.
+# Times a pair: microseconds of a call in each of so many rounds. RuntimeError or ValueError: it
+# does not run.
 Timer = Callable[[Pair, int], Sequence[float]]
 
 
@@ -103,7 +104,7 @@ class _Search:
         self.tried.add(pair)
         try:
             return list(self._timer(pair, rounds))
-        except RuntimeError as error:
+        except (RuntimeError, ValueError) as error:
             self.failed[pair] = str(error)
             return []
 
@@ -169,7 +170,7 @@ def search(
     """Finds the fastest pair, or returns the untuned one.
 
     Raises:
-        RuntimeError: the untuned pair does not run; the timer's own error.
+        RuntimeError, ValueError: the untuned pair does not run; the timer's own error.
     """
     s = _Search(space, timer, settings, clock)
     untuned = space.untuned
