@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from cpu_layer import FOUR_BIT, WEIGHTS, make_layer, reference
-from fused_moe import ActivationType, cutlass_fused_moe
+from fused_moe import ActivationType, FusedMoE, Routing, cutlass_fused_moe
 from fused_moe.parallel import (
     ExpertWeights,
     ParallelGroups,
@@ -180,6 +180,39 @@ def test_one_process_is_a_group_of_one() -> None:
     alone = called(layer, experts)
     for run in (replicated_moe, dispatched_moe):
         assert torch.equal(run(*tokens, experts, ParallelGroups()), alone)
+
+
+@pytest.mark.parametrize("weight_format", ["same", "int8", "int4", "mxfp4"])
+def test_shares_of_a_module(weight_format: str) -> None:
+    layer = FusedMoE(
+        64,
+        128,
+        4,
+        Routing(top_k=2),
+        fc1_bias=True,
+        fc2_bias=True,
+        swiglu_alpha=1.5,
+        group_size=64 if weight_format == "int4" else None,
+        weight_format=weight_format,
+        dtype=torch.float32,
+    )
+    for bias in (layer.experts.fc1_bias, layer.experts.fc2_bias):
+        torch.nn.init.normal_(bias)
+    x = torch.randn(11, 64)
+    scales, ids = layer.router(x)
+    experts = ExpertWeights.of(layer.experts)
+    whole = replicated_moe(x, ids, scales, experts, ParallelGroups())
+    assert (
+        torch.equal(whole, layer(x))
+        and experts.fc1.data_ptr() == layer.experts.fc1_weight.data_ptr()
+    )
+    total = torch.zeros_like(x)
+    for tp_rank in range(2):
+        share = shard_experts(experts, tp_size=2, tp_rank=tp_rank)
+        total += cutlass_fused_moe(
+            x, ids, scales, output_dtype=x.dtype, tp_rank=tp_rank, tp_size=2, **share.arguments()
+        )
+    assert_close(total, whole, torch.float32)
 
 
 def test_gradients_are_refused() -> None:

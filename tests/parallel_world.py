@@ -124,9 +124,9 @@ def _serve(
     take_leave: bool,
 ) -> None:
     """The life of one rank."""
-    os.environ["GLOO_SOCKET_IFNAME"] = "lo"
-    # Multicast through NVLink needs rights that shared machines do not give.
-    os.environ["NCCL_NVLS_ENABLE"] = "0"
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    # Multicast through NVLink is the host's, not the test's: others may share its switches.
+    os.environ.update(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
     os.environ.update(environment)
     torch.set_num_threads(1)
     if me.backend == "nccl":

@@ -224,8 +224,9 @@ def slowest(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 def run_rank(rank: int, options: Options, folder: str) -> None:
     """The life of one rank; rank 0 writes what all found."""
-    # A program on a machine that others share must not take the switch's multicast.
-    os.environ.setdefault("NCCL_NVLS_ENABLE", "0")
+    # Multicast through NVLink is the host's: others may share its switches.
+    for name, value in (("NCCL_NVLS_ENABLE", "0"), ("TORCH_SYMM_MEM_DISABLE_MULTICAST", "1")):
+        os.environ.setdefault(name, value)
     cuda = options.device == "cuda"
     device = torch.device("cuda", rank) if cuda else torch.device("cpu")
     if cuda:

@@ -16,12 +16,15 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from fused_moe.activation import ActivationType
 from fused_moe.parallel.groups import ParallelGroups
+
+if TYPE_CHECKING:
+    from fused_moe.module.experts import Experts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +54,26 @@ class ExpertWeights:
     activation_type: int = ActivationType.Swiglu
     use_packed_weights: bool = False
     use_w4_group_scaling: bool = False
+
+    @classmethod
+    def of(cls, experts: Experts) -> ExpertWeights:
+        """The tensors of `FusedMoE(...).experts`, all experts or one rank's; copies nothing.
+
+        With them and `layer.router` a FusedMoE runs in any form of this package:
+        `scales, ids = layer.router(x)`.
+        """
+        return cls(
+            fc1=experts.fc1_weight.detach(),
+            fc2=experts.fc2_weight.detach(),
+            quant_scales=[s for s in (experts.fc1_scale, experts.fc2_scale) if s is not None],
+            fc1_biases=None if experts.fc1_bias is None else experts.fc1_bias.detach(),
+            fc2_biases=None if experts.fc2_bias is None else experts.fc2_bias.detach(),
+            swiglu_alpha=experts.swiglu_alpha,
+            swiglu_beta=experts.swiglu_beta,
+            swiglu_limit=experts.swiglu_limit,
+            activation_type=experts.activation,
+            **experts.format.call_arguments,
+        )
 
     @property
     def num_experts(self) -> int:
