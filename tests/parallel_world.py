@@ -50,8 +50,8 @@ def run_world(
     names: Sequence[str],
     *,
     backend: str = "gloo",
-    group_timeout: float = 30.0,
-    deadline: float = 90.0,
+    group_timeout: float = 120.0,
+    deadline: float = 240.0,
     environment: dict[str, str] | None = None,
     take_leave: bool = True,
 ) -> dict[str, list[str]]:
