@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What a WORKSPACE needs to use this one: see fused_moe_dependencies."""
+"""The external repositories of fused_moe, for a WORKSPACE: see fused_moe_dependencies."""
 
 load("//tools/bazel:repositories.bzl", "rule_set_stubs")
 load("//tools/cuda:repositories.bzl", "cuda_toolkit", "cutlass_headers")
@@ -19,20 +19,36 @@ def fused_moe_dependencies():
     the architecture setting `cpu`.
     """
     rule_set_stubs()
-    _maybe(python_interpreter, name = "fused_moe_python")
-    _maybe(
+    declare_repositories(_maybe)
+    native.register_toolchains("@fused_moe_python//:toolchain")
+
+def _maybe(repository_rule, name, **kwargs):
+    """Declares a repository unless the workspace has one of that name."""
+    if not native.existing_rule(name):
+        repository_rule(name = name, **kwargs)
+
+def declare_repositories(declare):
+    """Declares the repositories that are the same for a WORKSPACE and for a module.
+
+    One that BUILD files name, not only another of these, is named in MODULE.bazel as well.
+
+    Args:
+      declare: what to call for each with its rule, its name and its attributes.
+    """
+    declare(python_interpreter, name = "fused_moe_python")
+    declare(
         python_packages,
         name = "plotting_packages",
         lock = Label("//tools/python:locks/plotting.txt"),
         modules = {"matplotlib": "matplotlib"},
     )
-    _maybe(
+    declare(
         python_packages,
         name = "pybind11",
         lock = Label("//tools/python:locks/pybind11.txt"),
         modules = {"pybind11": "pybind11"},
     )
-    _maybe(
+    declare(
         python_packages,
         name = "python_packages",
         aliases = {
@@ -51,7 +67,7 @@ def fused_moe_dependencies():
             "tqdm": "tqdm",
         },
     )
-    _maybe(
+    declare(
         python_packages,
         name = "transformers_packages",
         lock = Label("//tools/python:locks/transformers.txt"),
@@ -61,19 +77,13 @@ def fused_moe_dependencies():
         },
         optional = True,
     )
-    _maybe(
+    declare(
         cuda_toolkit,
         name = "cuda",
         lock = Label("//tools/cuda:locks/toolkit.txt"),
     )
-    _maybe(
+    declare(
         cutlass_headers,
         name = "cutlass",
         lock = Label("//tools/cuda:locks/cutlass.txt"),
     )
-    native.register_toolchains("@fused_moe_python//:toolchain")
-
-def _maybe(repository_rule, name, **kwargs):
-    """Declares a repository unless the workspace has one of that name."""
-    if not native.existing_rule(name):
-        repository_rule(name = name, **kwargs)

@@ -33,6 +33,24 @@ load(":builtins.bzl", "builtin_cc_info")
 CcInfo = builtin_cc_info
 """
 
+_CC_TOOLCHAIN = """\
+load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
+
+find_cc_toolchain = find_cpp_toolchain
+
+def use_cc_toolchain(mandatory = False):
+    return ["@bazel_tools//tools/cpp:toolchain_type"]
+"""
+
+_CC_ACTION_NAMES = """\
+load(
+    "@bazel_tools//tools/build_defs/cc:action_names.bzl",
+    _CPP_COMPILE_ACTION_NAME = "CPP_COMPILE_ACTION_NAME",
+)
+
+CPP_COMPILE_ACTION_NAME = _CPP_COMPILE_ACTION_NAME
+"""
+
 _JAVA_DEFS = """\
 java_binary = native.java_binary
 java_import = native.java_import
@@ -54,6 +72,16 @@ py_runtime_pair = _py_runtime_pair
 py_test = native.py_test
 """
 
+_PYTHON_BUILTINS = """\
+builtin_py_info = PyInfo
+"""
+
+_PYTHON_INFO = """\
+load(":builtins.bzl", "builtin_py_info")
+
+PyInfo = builtin_py_info
+"""
+
 _COVERAGE_BUILD = """\
 load("@rules_cc//cc:defs.bzl", "cc_library")
 
@@ -72,11 +100,13 @@ _STUBS = {
     "rules_cc": {
         "BUILD.bazel": "",
         "cc/BUILD.bazel": "",
+        "cc/action_names.bzl": _CC_ACTION_NAMES,
         "cc/common/BUILD.bazel": "",
         "cc/common/builtins.bzl": _CC_BUILTINS,
         "cc/common/cc_common.bzl": _CC_COMMON,
         "cc/common/cc_info.bzl": _CC_INFO,
         "cc/defs.bzl": _CC_DEFS,
+        "cc/find_cc_toolchain.bzl": _CC_TOOLCHAIN,
     },
     "rules_java": {
         "BUILD.bazel": "",
@@ -86,7 +116,9 @@ _STUBS = {
     "rules_python": {
         "BUILD.bazel": "",
         "python/BUILD.bazel": "",
+        "python/builtins.bzl": _PYTHON_BUILTINS,
         "python/defs.bzl": _PYTHON_DEFS,
+        "python/py_info.bzl": _PYTHON_INFO,
     },
 }
 

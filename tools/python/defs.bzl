@@ -4,6 +4,7 @@
 load("@fused_moe_python//:python.bzl", "EXTENSION_SUFFIX")
 load("@rules_cc//cc:defs.bzl", "cc_binary")
 load("@rules_python//python:defs.bzl", "py_test")
+load("@rules_python//python:py_info.bzl", "PyInfo")
 
 def pybind_extension(name, srcs, deps = [], copts = [], local_defines = [], visibility = None):
     """Builds a pybind11 extension module, for a python_package to take in.

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule that packs a python_package into a wheel."""
 
+load("@rules_python//python:py_info.bzl", "PyInfo")
 load("//tools/cuda:architectures.bzl", "DEFAULT")
 load("//tools/cuda:settings.bzl", "ArchitecturesInfo")
 

@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The rule that compiles CUDA sources; //tools/cuda:defs.bzl has the macro to use."""
 
-load("@bazel_tools//tools/build_defs/cc:action_names.bzl", "CPP_COMPILE_ACTION_NAME")
-load("@bazel_tools//tools/cpp:toolchain_utils.bzl", "find_cpp_toolchain")
+load("@rules_cc//cc:action_names.bzl", "CPP_COMPILE_ACTION_NAME")
+load("@rules_cc//cc:find_cc_toolchain.bzl", "find_cc_toolchain", "use_cc_toolchain")
 load("@rules_cc//cc/common:cc_common.bzl", "cc_common")
 load("@rules_cc//cc/common:cc_info.bzl", "CcInfo")
 load("//tools/cuda:settings.bzl", "ArchitecturesInfo")
@@ -84,7 +84,7 @@ def _compile(ctx, source, toolkit, compiler, context):
     return output
 
 def _cuda_library_impl(ctx):
-    toolchain = find_cpp_toolchain(ctx)
+    toolchain = find_cc_toolchain(ctx)
     features = cc_common.configure_features(
         ctx = ctx,
         cc_toolchain = toolchain,
@@ -152,5 +152,5 @@ cuda_library_rule = rule(
     doc = "Compiles CUDA sources; yields CcInfo, and the objects as files.",
     fragments = ["cpp"],
     provides = [CcInfo],
-    toolchains = ["@bazel_tools//tools/cpp:toolchain_type"],
+    toolchains = use_cc_toolchain(),
 )

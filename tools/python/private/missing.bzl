@@ -2,6 +2,7 @@
 """A target that fails when it is depended on."""
 
 load("@rules_cc//cc/common:cc_info.bzl", "CcInfo")
+load("@rules_python//python:py_info.bzl", "PyInfo")
 
 def _missing_impl(ctx):
     fail("fused_moe: " + ctx.attr.reason)
