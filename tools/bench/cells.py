@@ -145,7 +145,7 @@ def measure(
     error = references.error(implementation)
     if not error < TOLERANCES[settings.dtype] * (1 if ours else _PEER_TOLERANCE_FACTOR):
         return {"wrong": error}
-    result = time_one(implementation, layers, settings.seconds)
+    result = time_one(implementation, layers, settings.seconds / 2)
     return {
         "us": result.median * 1e6,
         "low_us": result.low * 1e6,
@@ -153,6 +153,16 @@ def measure(
         "replays": result.replays,
         "error": error,
         "config": implementation.chosen(first),
+    }
+
+
+def combined(result: dict[str, Any], again: timing.Timing) -> dict[str, Any]:
+    """A result with a second round's: the mean of the medians, the wider spread."""
+    return result | {
+        "us": (result["us"] + again.median * 1e6) / 2,
+        "low_us": min(result["low_us"], again.low * 1e6),
+        "high_us": max(result["high_us"], again.high * 1e6),
+        "replays": result["replays"] + again.replays,
     }
 
 
@@ -191,27 +201,46 @@ def fill(
 ) -> None:
     """Measures what the cell has no result of yet; an error becomes {"failed": text}.
 
+    Each is timed twice, the second time in the opposite order: a chip that has become warm is
+    slower, and whoever came first would have had it cool.
+
     Raises:
         DeviceLost: an implementation took the device down; its result says so.
         NoSuchTactic: as measure_with_tactics.
     """
     floor = cell["floor_us"] * 1e-6
     references = References(layers[0])
-    for implementation in implementations:
-        name = implementation.name
-        if name in cell["results"]:
-            continue
-        try:
-            cell["results"][name] = measure_with_tactics(
-                implementation, layers, floor, references, settings
-            )
-        except NoSuchTactic:
-            raise
-        except Exception as error:
-            where = f"{cell['model']} {cell['weights']} M={cell['tokens']}"
-            print(f"{name} failed on {where}: {error!r}", file=sys.stderr, flush=True)
-            cause = f" from {error.__cause__!r}" if error.__cause__ else ""
-            cell["results"][name] = {"failed": f"{error!r}{cause}"[:500]}
-            out_of_memory = isinstance(error, torch.OutOfMemoryError)
-            if isinstance(error, _LOST_DEVICE) and not out_of_memory:
-                raise DeviceLost(cell) from error
+    results = cell["results"]
+
+    def first(one: Any) -> dict[str, Any]:
+        return measure_with_tactics(one, layers, floor, references, settings)
+
+    def second(one: Any) -> dict[str, Any]:
+        return combined(results[one.name], time_one(one, layers, settings.seconds / 2))
+
+    new = [one for one in implementations if one.name not in results]
+    for one in new:
+        _note(cell, one, first)
+    if not settings.tactics:
+        for one in reversed(new):
+            if "us" in results[one.name]:
+                _note(cell, one, second)
+
+
+def _note(
+    cell: dict[str, Any], implementation: Any, result_of: Callable[[Any], dict[str, Any]]
+) -> None:
+    """Puts a result into the cell, or how it failed."""
+    name = implementation.name
+    try:
+        cell["results"][name] = result_of(implementation)
+    except NoSuchTactic:
+        raise
+    except Exception as error:
+        where = f"{cell['model']} {cell['weights']} M={cell['tokens']}"
+        print(f"{name} failed on {where}: {error!r}", file=sys.stderr, flush=True)
+        cause = f" from {error.__cause__!r}" if error.__cause__ else ""
+        cell["results"][name] = {"failed": f"{error!r}{cause}"[:500]}
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if isinstance(error, _LOST_DEVICE) and not out_of_memory:
+            raise DeviceLost(cell) from error

@@ -86,6 +86,23 @@ def test_what_is_wrong_or_fails_is_reported_and_the_rest_is_timed() -> None:
     assert "us" in results["fine"]
 
 
+def test_each_is_timed_in_two_rounds_of_opposite_orders() -> None:
+    order: list[str] = []
+
+    def noted(name: str) -> Any:
+        def run(layer: Layer) -> torch.Tensor:
+            if not order or order[-1] != name:
+                order.append(name)
+            return exact(layer)
+
+        return run
+
+    results = filled(Peer("a", noted("a")), Peer("b", noted("b")))["results"]
+    assert order == ["a", "b", "a"]
+    assert results["a"]["low_us"] <= results["a"]["us"] <= results["a"]["high_us"]
+    assert results["a"]["replays"] >= 6
+
+
 def test_what_is_known_is_not_measured_again() -> None:
     peer = Peer("peer", exact)
     results = filled(peer, known={"peer": {"us": 1.0}})["results"]
@@ -111,4 +128,4 @@ def test_forced_tactics_that_do_not_exist_stop_the_benchmark(
     monkeypatch.setattr(cells, "tactics_of", lambda layer: [])
     settings = cells.dataclasses.replace(SETTINGS, tactics="a,b")
     with pytest.raises(cells.NoSuchTactic, match="a,b"):
-        cells.measure_with_tactics(Sm80(), [None], 1.0, None, settings)  # type: ignore[arg-type]
+        cells.measure_with_tactics(Sm80(), [None], 1.0, None, settings)

@@ -31,7 +31,7 @@ class TorchGroupedMm:
     def why_not(self, layer: Layer) -> str | None:
         """Why this peer cannot run the layer, or None."""
         if layer.weights.quant_scales:
-            return "has no INT8 weights"
+            return f"has no {layer.weights.kind} weights"
         if layer.x.dtype != torch.bfloat16:
             return "takes bfloat16 only"
         if layer.model.activation != ActivationType.Swiglu:

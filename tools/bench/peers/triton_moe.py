@@ -102,12 +102,14 @@ class TritonMoe:
 
     def why_not(self, layer: Layer) -> str | None:
         """Why this peer cannot run the layer, or None."""
+        if layer.weights.group_size:
+            return f"has no {layer.weights.kind} weights"
         if layer.model.activation != ActivationType.Swiglu:
             return f"does Swiglu only, not {layer.model.activation.name}"
         return None
 
     def _key(self, layer: Layer) -> object:
-        return (layer.model.name, layer.x.shape, layer.x.dtype, layer.weights.fc1.dtype)
+        return (layer.model.name, layer.x.shape, layer.x.dtype, layer.weights.kind)
 
     def tune(self, layer: Layer, seconds: Callable[[Callable[[Layer], object]], float]) -> None:
         """Chooses the two configurations by `seconds`, which times a run on such layers."""
