@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import pathlib
 import re
 from typing import Any
@@ -269,23 +270,26 @@ def test_ranks_add_up(kind: str) -> None:
 
 
 def compilers(device: str) -> list[str]:
-    return ["eager", "aot_eager"] if device == "cpu" else ["aot_eager", "inductor"]
+    """Inductor where it can make code: on a CPU it would need a C++ compiler, too."""
+    if device == "cpu":
+        return ["eager", "aot_eager"]
+    return ["aot_eager", "inductor"] if importlib.util.find_spec("triton") else ["aot_eager"]
 
 
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("model", EVERYTHING)
 def test_compile(model: str, device: str) -> None:
-    layer = random_layer(model).to(device)
     for weight_format in ("same", "int8", "int4"):
+        layer = random_layer(model).to(device)
         if weight_format != "same":
-            layer = random_layer(model).to(device).quantize(weight_format)
+            layer.quantize(weight_format)
         for compiler in compilers(device):
             torch.compiler.reset()
             compiled = torch.compile(layer, fullgraph=True, backend=compiler)
             for count in (12, 5, 9):
                 x = tokens(count).to(device)
-                if compiler == "inductor":  # it computes the router's softmax in its own order
-                    assert_close(compiled(x).float(), layer(x).float(), torch.bfloat16)
+                if compiler == "inductor":  # it rounds the shared experts in other places
+                    assert_close(compiled(x), layer(x), torch.bfloat16)
                 else:
                     assert torch.equal(compiled(x), layer(x))
 

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 
 from fused_moe import ActivationType, FusedMoE, Routing
 from module_layers import (
@@ -26,6 +25,11 @@ from module_layers import (
 )
 
 
+def safetensors() -> Any:
+    """safetensors.torch, which an interpreter's own packages may lack."""
+    return pytest.importorskip("safetensors.torch", reason="needs safetensors")
+
+
 @pytest.mark.parametrize("on_meta", [False, True])
 @pytest.mark.parametrize("weight_format", FORMATS)
 @pytest.mark.parametrize("model", EVERYTHING)
@@ -35,8 +39,9 @@ def test_safetensors(model: str, weight_format: str, on_meta: bool, tmp_path: pa
         layer.quantize(weight_format)
     x = tokens()
     expected = layer(x)
-    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
-    saved = load_file(tmp_path / "layer.safetensors")
+    files = safetensors()
+    files.save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    saved = files.load_file(tmp_path / "layer.safetensors")
     torch.manual_seed(6)  # other random weights than the saved ones
     arguments = {**EVERYTHING[model], "weight_format": weight_format, "dtype": torch.bfloat16}
     device = "meta" if on_meta else "cpu"
@@ -94,7 +99,7 @@ def test_views_of_a_checkpoint_are_copied(tmp_path: pathlib.Path) -> None:
         one[gate_up.numel() :].view(down.shape),
         Routing(2),
     )
-    save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    safetensors().save_file(layer.state_dict(), tmp_path / "layer.safetensors")
     whole = FusedMoE.from_tensors(checkpoint.router, gate_up, down, Routing(2))
     assert whole.experts.fc2_weight.data_ptr() == down.data_ptr(), "not copied without need"
     assert torch.equal(layer(tokens()), whole(tokens()))
