@@ -238,11 +238,28 @@ def table(document: dict[str, Any], all_rows: Sequence[dict[str, Any]]) -> list[
         lines.append(
             "| " + " | ".join([*cells, record, row["best_peer"] or "–", ratio, own]) + " |"
         )
+    lines += troubles(document)
     for name, why in document.get("absent", {}).items():
         lines += ["", f"Not there: {name}: {why}"]
     for name, note in document.get("notes", {}).items():
         lines += ["", f"{name}: {note}."]
     return lines
+
+
+def troubles(document: dict[str, Any]) -> list[str]:
+    """A line for each result that is wrong, or call that failed; those cells have no time."""
+    lines = []
+    for cell in document["cells"]:
+        for name, result in cell["results"].items():
+            if "wrong" in result:
+                reason = f"its result is off by {result['wrong']:.1e}"
+            elif "failed" in result:
+                reason = result["failed"][:160].replace("|", " ").replace("\n", " ")
+            else:
+                continue
+            where = f"{_name(cell)}, {LABELS[cell['weights']]}"
+            lines.append(f"- {name}, {where}, {cell.get('routing', 'uniform')}: {reason}")
+    return ["", "Not timed:", "", *lines] if lines else []
 
 
 def write(document: dict[str, Any], path: pathlib.Path) -> None:

@@ -167,6 +167,21 @@ def test_floors_and_our_own_16_bit_time() -> None:
     assert "| INT8 | 1.20 | 1.30, Mixtral-8x7B at 8 tokens | 1.08 | 1.12, Mixtral-8x7B at " in text
 
 
+def test_what_failed_or_is_wrong_is_said() -> None:
+    results = {
+        "sm80": timed(9.0),
+        "vllm": {"failed": "RuntimeError('x | y')"},
+        "sglang": {"wrong": 0.5},
+        "marlin": {"why_not": "has no same weights"},
+    }
+    text = summary.markdown(document(cell(MIXTRAL, 1, "same", results)))
+    assert "- vllm, Mixtral-8x7B at 1 token, 16-bit, uniform: RuntimeError('x   y')" in text
+    assert (
+        "- sglang, Mixtral-8x7B at 1 token, 16-bit, uniform: its result is off by 5.0e-01" in text
+    )
+    assert "- marlin" not in text
+
+
 def test_what_is_written(tmp_path: pathlib.Path) -> None:
     results = {"sm80": timed(170.0), "vllm": timed(190.0)}
     whole = document(cell(MIXTRAL, 1, "same", results), cell(MIXTRAL, 8, "same", {}))
