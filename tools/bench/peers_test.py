@@ -161,3 +161,7 @@ def test_engines_agree_with_the_reference(
     given = config(16, 32, 32, 2, 4, 2) | ({"SPLIT_K": 1} if kind == "int4" else {})
     peer._chosen[peer._key(layer)] = None if own else given
     assert References(layer).error(peer) < 1.5e-3
+    # The configuration that is asked for is the one that runs, also beside another such peer.
+    make_peer(name, str(foreign.unpacked(files)), None)
+    with pytest.raises(Exception, match=r"."):
+        peer.run_with(layer, given | {"BLOCK_SIZE_K": 33})

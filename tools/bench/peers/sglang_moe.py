@@ -9,6 +9,7 @@ are vLLM's here, or ours, which do the same in as many launches.
 from __future__ import annotations
 
 import contextlib
+import functools
 import importlib
 import pathlib
 import types
@@ -47,8 +48,9 @@ def _same(*_: object, **__: object) -> Callable[[Any], Any]:
     return lambda function: function
 
 
+@functools.cache
 def load(root: pathlib.Path) -> types.SimpleNamespace:
-    """Imports SGLang's layer.
+    """Imports SGLang's layer, once.
 
     Returns:
         .layer, SGLang's module; .pieces, what the small steps are done by; .override, a dict whose

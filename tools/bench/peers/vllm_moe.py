@@ -7,6 +7,7 @@ of vLLM and is needed is supplied here.
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pathlib
 import types
@@ -71,8 +72,9 @@ def _resized(cache: torch.Tensor, shape: tuple[int, ...]) -> torch.Tensor:
     return cache.flatten()[: torch.Size(shape).numel()].view(shape)
 
 
+@functools.cache
 def load(root: pathlib.Path) -> types.SimpleNamespace:
-    """Imports vLLM's layer.
+    """Imports vLLM's layer, once: two copies would take their configuration from one place.
 
     Returns:
         .layer and .marlin, vLLM's modules; .pieces, what the small steps are done by; .override,
