@@ -146,8 +146,20 @@ def test_conversions_keep_what_is_float32() -> None:
     assert moved.experts.fc1_scale.dtype == torch.float32
     emptied = moved.to_empty(device="cpu")
     assert not any(t.is_meta for t in emptied.state_dict().values())
-    plain = random_layer().half()
+    plain = random_layer(dtype=torch.float32).half()
     assert plain.router.weight.dtype == plain.experts.fc1_weight.dtype == torch.float16
+
+
+def test_a_router_of_another_dtype_keeps_it() -> None:
+    checkpoint = Checkpoint()
+    router = checkpoint.router.float() + 1e-4  # numbers that bfloat16 does not hold
+    gate_up, down = checkpoint.fused()
+    layer = FusedMoE.from_gate_up(router, gate_up, down, Routing(2))
+    assert torch.equal(layer.router.weight, router)
+    assert layer(tokens()).dtype == torch.bfloat16
+    assert torch.equal(layer.to(torch.float16).router.weight, router)
+    rounded = FusedMoE.from_gate_up(router, gate_up, down, Routing(2), router_dtype=torch.bfloat16)
+    assert rounded.router.weight.dtype == torch.bfloat16
 
 
 def test_no_gradients() -> None:

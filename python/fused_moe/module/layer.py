@@ -65,8 +65,9 @@ class FusedMoE(torch.nn.Module):
             intermediate_size: I, of this rank.
             num_experts: E, of all ranks.
             routing: how experts follow from the router's logits.
-            router_bias, correction_bias, router_dtype: as in `Router`; a router_dtype of None
-                is dtype.
+            router_bias, correction_bias: as in `Router`.
+            router_dtype: the router's own dtype, which it keeps when the model is converted;
+                None is dtype.
             apply_router_weight_on_input: scale the expert's input, not its output (Llama 4);
                 for top_k 1.
             shared_intermediate_size: that of the shared experts together, of this rank; 0 for
@@ -95,6 +96,7 @@ class FusedMoE(torch.nn.Module):
             routing,
             bias=router_bias,
             correction_bias=correction_bias,
+            keep_dtype=router_dtype is not None,
             dtype=dtype if router_dtype is None else router_dtype,
             device=device,
         )
@@ -280,9 +282,10 @@ class FusedMoE(torch.nn.Module):
             shared_scale_gate: [1, H] (Qwen's shared_expert_gate).
             activation: an `ActivationType`.
             ep_size: over how many ranks the experts are divided.
-            **options: of the constructor apply_router_weight_on_input, router_dtype (None is
-                that of router_weight), dtype (None is that of fc1_weight, or of router_weight
-                where that is quantized), swiglu parameters, tp_size, tp_rank, ep_rank, backend.
+            **options: of the constructor apply_router_weight_on_input, dtype (None is that of
+                fc1_weight, or of router_weight where that is quantized), router_dtype (None is
+                that of router_weight if it is not dtype), swiglu parameters, tp_size, tp_rank,
+                ep_rank, backend.
 
         Raises:
             ValueError: tensors that do not fit.
@@ -301,6 +304,11 @@ class FusedMoE(torch.nn.Module):
         fc1_scale, fc2_scale = scales or (None, None)
         stored = formats.stored_format(weight_format, group_size, fc1_weight, fc1_scale)
         swiglu = {name: options.get(name) for name in _SWIGLU}
+        dtype = options.pop("dtype", None)
+        if dtype is None:
+            dtype = fc1_weight.dtype if fc1_scale is None else router_weight.dtype
+        if router_weight.dtype != dtype:
+            options.setdefault("router_dtype", router_weight.dtype)
         layer = cls(
             fc2_weight.shape[1],
             fc2_weight.shape[2] * stored.weights_an_element,
@@ -316,9 +324,7 @@ class FusedMoE(torch.nn.Module):
             fc1_bias=fc1_bias is not None,
             fc2_bias=fc2_bias is not None,
             ep_size=ep_size,
-            router_dtype=options.pop("router_dtype", None) or router_weight.dtype,
-            dtype=options.pop("dtype", None)
-            or (fc1_weight.dtype if fc1_scale is None else router_weight.dtype),
+            dtype=dtype,
             device="meta",
             **options,
         )

@@ -17,9 +17,8 @@ from fused_moe.routing import Routing
 class Router(InferenceModule):
     """Logits x @ weight.T + bias, and a `Routing` that makes scales and ids of them.
 
-    The product is computed in the dtype of `weight`. With `dtype=torch.float32` that is what
-    DeepSeek-V2 and -V3 do whatever the dtype of the model; the weight then stays float32 when
-    the model is converted.
+    The product is computed in the dtype of `weight`. DeepSeek-V2 and -V3 compute it in float32
+    whatever the dtype of the model: `dtype=torch.float32, keep_dtype=True`.
 
     State: `weight` [E, H]; `bias` [E] (gpt-oss); `correction_bias` [E], always float32
     (DeepSeek-V3's e_score_correction_bias).
@@ -35,6 +34,7 @@ class Router(InferenceModule):
         *,
         bias: bool = False,
         correction_bias: bool = False,
+        keep_dtype: bool = False,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -46,6 +46,7 @@ class Router(InferenceModule):
             routing: how experts follow from logits.
             bias: whether logits have a bias.
             correction_bias: whether the choice of experts has one of its own.
+            keep_dtype: whether weight and bias stay in dtype when the model is converted.
             dtype: of weight and bias, and of the product; None is PyTorch's default.
             device: as in torch.nn.Linear.
 
@@ -64,7 +65,7 @@ class Router(InferenceModule):
             else None,
         )
         self.kept.add("correction_bias")
-        if dtype == torch.float32:
+        if keep_dtype:
             self.kept.update(("weight", "bias"))
         self.reset_parameters()
 
