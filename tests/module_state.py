@@ -88,8 +88,8 @@ def test_a_checkpoint_of_another_floating_dtype_loads() -> None:
     assert torch.equal(layer(tokens()), random_layer()(tokens()))
 
 
-def test_views_of_a_checkpoint_are_copied(tmp_path: pathlib.Path) -> None:
-    """Both weights in one storage, which safetensors would refuse to save."""
+def test_views_of_a_checkpoint_are_copied() -> None:
+    """Both weights in one storage, which a module must not keep as a whole for each of them."""
     checkpoint = Checkpoint()
     gate_up, down = checkpoint.fused()
     one = torch.cat([gate_up.flatten(), down.flatten()])
@@ -99,7 +99,9 @@ def test_views_of_a_checkpoint_are_copied(tmp_path: pathlib.Path) -> None:
         one[gate_up.numel() :].view(down.shape),
         Routing(2),
     )
-    safetensors().save_file(layer.state_dict(), tmp_path / "layer.safetensors")
+    storages = [t.untyped_storage() for t in layer.state_dict().values()]
+    assert len({s.data_ptr() for s in storages}) == 3
+    assert [s.nbytes() for s in storages] == [t.nbytes for t in layer.state_dict().values()]
     whole = FusedMoE.from_tensors(checkpoint.router, gate_up, down, Routing(2))
     assert whole.experts.fc2_weight.data_ptr() == down.data_ptr(), "not copied without need"
     assert torch.equal(layer(tokens()), whole(tokens()))
@@ -217,6 +219,25 @@ ERRORS: dict[str, tuple[Any, str]] = {
     "integers": (
         lambda: fused(gate_up=torch.zeros(8, 192, 64).char()),
         "are no quant_scales",
+    ),
+    "scales": (
+        lambda: FusedMoE.from_tensors(
+            Checkpoint().router,
+            torch.zeros(8, 192, 32, dtype=torch.uint8),
+            torch.zeros(8, 64, 48, dtype=torch.uint8),
+            Routing(2),
+            quant_scales=[torch.ones(8, 192, 2), torch.ones(8, 64, 3)],
+            weight_format="mxfp4",
+        ),
+        "quant_scales[0] is torch.float32; it must be torch.uint8",
+    ),
+    "one scale": (
+        lambda: fused(quant_scales=[torch.ones(8, 192)], weight_format="int8"),
+        "quant_scales has 1 tensors; it must have 2",
+    ),
+    "scales of floats": (
+        lambda: fused(quant_scales=[torch.ones(8, 192), torch.ones(8, 64)]),
+        "quant_scales are given with fc1_weight torch.bfloat16",
     ),
     "device": (lambda: fused(down_bias=torch.zeros(8, 64, device="meta")), "fc2_bias is on meta"),
     "lists": (
