@@ -33,12 +33,13 @@ def config(m: int, n: int, k: int, group: int, warps: int, stages: int) -> Confi
     }
 
 
-# Rows an expert gets on average, up to -> what to try beside the engine's own choice.
+# Rows an expert gets on average, up to -> what to try beside the engine's own choice: what its
+# tables have for such cases and its default has not; at the end a tile for mma.sync, 64x64 a warp.
 _TABLE: tuple[tuple[float, tuple[Config, Config]], ...] = (
-    (12, (config(16, 128, 64, 1, 4, 5), config(16, 64, 128, 1, 4, 4))),
+    (12, (config(16, 128, 64, 1, 4, 5), config(16, 64, 64, 1, 4, 5))),
     (48, (config(32, 128, 64, 1, 4, 4), config(16, 128, 128, 1, 4, 4))),
-    (200, (config(64, 256, 64, 8, 8, 3), config(64, 128, 64, 8, 4, 4))),
-    (float("inf"), (config(128, 256, 64, 16, 8, 3), config(128, 128, 64, 16, 8, 3))),
+    (200, (config(64, 256, 64, 8, 8, 4), config(64, 128, 64, 8, 4, 4))),
+    (float("inf"), (config(128, 256, 64, 16, 8, 4), config(128, 128, 32, 16, 4, 4))),
 )
 
 
