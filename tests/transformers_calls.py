@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip(
-    "transformers", minversion="5.0", reason="this Python has no transformers 5: pip install it"
+    "transformers", minversion="5.17", reason="this Python has no transformers 5.17 or newer"
 )
 import transformers
 
@@ -340,8 +340,11 @@ def test_expert_parallel_ids(folders: dict[str, Path]) -> None:
 
 
 def test_missing_transformers_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "transformers.integrations.moe", None)
-    with pytest.raises(ImportError, match=r"needs transformers 5\.0 or newer.*pip install"):
+    with monkeypatch.context() as patch, pytest.raises(ImportError, match=r"this is 5\.6\.2"):
+        patch.setattr(sys.modules["transformers"], "__version__", "5.6.2")
+        moe.register()
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(ImportError, match=r"needs transformers 5\.7 or newer.*pip install"):
         moe.register()
 
 

@@ -17,7 +17,7 @@ import pytest
 import torch
 
 pytest.importorskip(
-    "transformers", minversion="5.0", reason="this Python has no transformers 5: pip install it"
+    "transformers", minversion="5.17", reason="this Python has no transformers 5.17 or newer"
 )
 from fused_moe import (
     dequantize_int4,

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 pytest.importorskip(
-    "transformers", minversion="5.0", reason="this Python has no transformers 5: pip install it"
+    "transformers", minversion="5.17", reason="this Python has no transformers 5.17 or newer"
 )
 import transformers
 

@@ -156,17 +156,21 @@ def configuration(family: str) -> Any:
 def write_checkpoint(family: str, folder: Path) -> None:
     """Saves a tiny model of `family`, float32 tensors of bfloat16 values, as transformers does."""
     draw = torch.Generator().manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        configuration(family), dtype=torch.float32, experts_implementation="eager"
-    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # what is not drawn below, transformers draws
+        model = transformers.AutoModelForCausalLM.from_config(
+            configuration(family), dtype=torch.float32, experts_implementation="eager"
+        )
     experts = experts_modules(model)
     number = experts[0].num_experts
     inside = {id(p) for module in experts for p in module.parameters()}
     for name, parameter in model.named_parameters():
         if id(parameter) in inside:
             scale = 0.5 if name.endswith("_bias") else 0.15
-            # Wide enough that gpt-oss's clamp at 7 matters.
-            scale *= 4 if family == "gpt_oss" and "gate_up_proj" in name else 1
+            # Wide enough that gpt-oss's clamp at 7 matters, and no louder afterwards than others:
+            # the levels that the router reads have to stay above the rounding of the rest.
+            if family == "gpt_oss":
+                scale *= 4 if "gate_up_proj" in name else 1 / 8
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * scale)
         elif parameter.ndim == 2:
             parameter.copy_(torch.randn(parameter.shape, generator=draw) * HIDDEN**-0.5)
@@ -176,7 +180,7 @@ def write_checkpoint(family: str, folder: Path) -> None:
             order = torch.rand(VOCABULARY, number, generator=draw).argsort(dim=1)
             parameter[:, :number] = levels[order]
         elif re.search(r"(gate|router)\.weight$", name) and parameter.shape[0] == number:
-            parameter.mul_(0.05)
+            parameter.mul_(0.02)
             parameter[:, :number] += 2 * torch.eye(number)
         elif re.search(r"\.(o_proj|out_proj|down_proj)(\.weight)?$", name):
             # What a layer adds leaves the levels alone.

@@ -113,8 +113,12 @@ class FusedMoeQuantizer(HfQuantizer):
             group = weights.group_size(module, layout.transposed, kept)
             self.plans[paths[module]] = (layout, group)
             # What the checkpoint has no tensor for has to be there all the same, to be set.
-            for name in weights.SCALES:
-                module.register_buffer(name, torch.empty(0, device="meta"))
+            for name, scale_name in zip(_names(module), weights.SCALES, strict=True):
+                number, rows, depth = getattr(module, name).shape
+                if layout.transposed:
+                    rows, depth = depth, rows
+                shape = (number, rows, depth // group) if group else (number, rows)
+                module.register_buffer(scale_name, torch.empty(shape, device="meta"))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in weights.experts_modules(model):

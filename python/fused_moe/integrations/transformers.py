@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Hugging Face transformers, 5 and newer: its MoE models on our layer.
+"""Hugging Face transformers, 5.7 and newer: its MoE models on our layer.
 
     from fused_moe.integrations import transformers as moe
 
@@ -26,6 +26,7 @@ read, so that they are never all held unquantized.
 from __future__ import annotations
 
 import importlib
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -38,20 +39,27 @@ from fused_moe.op import cutlass_fused_moe
 
 __all__ = ["FORMATS", "IMPLEMENTATIONS", "NAME", "prepare", "quantization", "register"]
 
+# Before, the names that a model accepts were a fixed list.
+_OLDEST = (5, 7)
+
 
 def register() -> None:
     """Makes the names of IMPLEMENTATIONS known to transformers; again is harmless.
 
     Raises:
-        ImportError: transformers is missing, or older than its registry of experts.
+        ImportError: transformers is missing, or older than 5.7.
     """
     try:
-        moe = importlib.import_module("transformers.integrations.moe")
-        registry = moe.ALL_EXPERTS_FUNCTIONS
-    except (AttributeError, ImportError) as error:
+        version = importlib.import_module("transformers").__version__
+        numbers = re.match(r"(\d+)\.(\d+)", version)
+        if numbers is None or (int(numbers[1]), int(numbers[2])) < _OLDEST:
+            raise ImportError(f"this is {version}")
+        registry = importlib.import_module("transformers.integrations.moe").ALL_EXPERTS_FUNCTIONS
+    except ImportError as error:
         raise ImportError(
-            "fused_moe.integrations.transformers needs transformers 5.0 or newer, with its "
-            f"registry of experts implementations ({error}): pip install 'transformers>=5'"
+            "fused_moe.integrations.transformers needs transformers 5.7 or newer, the first whose "
+            f"models take experts implementations that others register ({error}): "
+            "pip install 'transformers>=5.7'"
         ) from error
     for name, kept in IMPLEMENTATIONS.items():
         registry.register(name, _implementation(kept))
@@ -73,7 +81,7 @@ def quantization(kept: str = "int8") -> Any:
         kept: "int8", "int4" or "mxfp4".
 
     Raises:
-        ImportError: transformers is missing, or has no such interface (it came with 5.0).
+        ImportError: transformers is missing, or its interface for quantizers is another.
         ValueError: another format.
     """
     register()
