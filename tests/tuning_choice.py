@@ -104,5 +104,5 @@ def test_the_choice_goes_with_the_tokens(weights: str) -> None:
         few = C.choose_tactics("sm80", problem_of(MODELS[name], weights, 1), **SM_86)
         many = C.choose_tactics("sm80", problem_of(MODELS[name], weights, 16384), **SM_86)
         for low, high in zip(few, many, strict=True):
-            assert tactics[low].tile_m <= 32 <= tactics[high].tile_m, name
-            assert tactics[low].tile_m < tactics[high].tile_m, name
+            assert tactics[low].tile_m <= 32, name
+            assert tactics[high].tile_m >= 64, name

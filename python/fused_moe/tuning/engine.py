@@ -243,13 +243,11 @@ class Tuner:
             shared_memory_per_multiprocessor=chip.shared_memory_per_multiprocessor,
         )
         limit = chip.shared_memory_per_block
-        # A backend may have none.
-        pairs: Any = getattr(extension, "whole_layer_tactics", lambda *_: [])
         space = Space(
             untuned=untuned,
             independent=tuple(extension.supported_tactics(call.backend, call.problem, limit)),
             heights={index: tactic.tile_m for index, tactic in enumerate(tactics)},
-            together=tuple(pairs(call.backend, call.problem, limit)),
+            together=tuple(extension.whole_layer_tactics(call.backend, call.problem, limit)),
         )
         return space, [tactic.name for tactic in tactics]
 
