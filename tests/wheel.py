@@ -173,12 +173,15 @@ import fused_moe
 from fused_moe import _C
 print(pathlib.Path(fused_moe.__file__).is_relative_to(sys.prefix))
 print(pathlib.Path(_C.__file__).is_relative_to(sys.prefix), _C.BUILT_FOR)
-print(importlib.metadata.version("fused-moe"), fused_moe.__version__)
+distribution = importlib.metadata.distribution("fused-moe")
+print(distribution.version, fused_moe.__version__)
+print(*sorted(e.group for e in distribution.entry_points if callable(e.load())))
 """
     text = run(installed, "-c", program, PYTHONPATH=os.pathsep.join(SITES))
     built_for = _extension.C.BUILT_FOR if _extension.C else "missing"
-    lines = ["True", f"True {built_for}", f"{expected_version()} {fused_moe.__version__}"]
-    assert text.splitlines()[-3:] == lines
+    versions = f"{expected_version()} {fused_moe.__version__}"
+    lines = ["True", f"True {built_for}", versions, "sglang.srt.plugins vllm.general_plugins"]
+    assert text.splitlines()[-len(lines) :] == lines
 
 
 def test_cpu_tests_pass_on_it(installed: pathlib.Path, tmp_path: pathlib.Path) -> None:

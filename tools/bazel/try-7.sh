@@ -113,7 +113,14 @@ for step in "$@"; do
     cpu) bazel /src test --config=cpu //tests:cpu_moe ;;
     consumer) bazel /src/tests/consumer test //... ;;
     workspace)
-      bazel /src test --noenable_bzlmod --enable_workspace --config=cpu //tests:cpu_moe
+      overrides=()
+      for repository in bazel_skylib=tools/skylib platforms=tools/platforms rules_cc=rules/cc \
+        rules_java=rules/java rules_license=rules/license rules_proto=rules/proto \
+        rules_python=rules/python; do
+        overrides+=("--override_repository=${repository/=/=/usr/share/bazel/}")
+      done
+      bazel /src test --noenable_bzlmod --enable_workspace "${overrides[@]}" --config=cpu \
+        //tests:cpu_moe
       ;;
     kernels)
       bazel /src build --config=sm80 //kernels/...
