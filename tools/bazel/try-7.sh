@@ -46,7 +46,10 @@ inside() {
 }
 
 if [ ! -e "$root/debootstrap-done" ]; then
-  rm -rf "${root:?}"/*
+  if [ -n "$(ls -A "$root")" ]; then
+    echo "$0: $root must be empty, or a folder that an earlier run completed; empty it first" >&2
+    exit 2
+  fi
   debootstrap --variant=minbase unstable "$root"
   touch "$root/debootstrap-done"
 fi
