@@ -8,6 +8,7 @@ Without vLLM the same tests run on a stand-in of what is used of it, which
 from __future__ import annotations
 
 import dataclasses
+import importlib.metadata
 import importlib.util
 import inspect
 import logging
@@ -369,6 +370,18 @@ def test_plugin(
     monkeypatch.setenv(integration.VARIABLE, "yes")
     with pytest.raises(RuntimeError, match="FUSED_MOE_VLLM is 'yes'"):
         integration.plugin()
+
+
+GROUP = "vllm.general_plugins"
+
+
+@pytest.mark.skipif(
+    not REAL or "fused_moe" not in importlib.metadata.entry_points(group=GROUP).names,
+    reason="vLLM and the wheel of fused_moe are not both installed",
+)
+def test_vllm_finds_the_plugin(vllm: Names) -> None:
+    plugins = importlib.import_module("vllm.plugins")
+    assert plugins.load_plugins_by_group(GROUP)["fused_moe"] is integration.plugin
 
 
 @pytest.mark.skipif(not REAL, reason="vLLM is not installed")

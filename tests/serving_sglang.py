@@ -7,7 +7,9 @@ Without SGLang the same tests run on a stand-in of what is used of it, which
 
 from __future__ import annotations
 
+import argparse
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import logging
@@ -271,6 +273,28 @@ def test_register(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixt
     with caplog.at_level(logging.WARNING):
         integration.plugin()
     assert "fused_moe is not available: SGLang is 0.5.230" in caplog.text
+
+
+GROUP = "sglang.srt.plugins"
+
+
+@pytest.mark.skipif(
+    not REAL or "fused_moe" not in importlib.metadata.entry_points(group=GROUP).names,
+    reason="SGLang and the wheel of fused_moe are not both installed",
+)
+def test_sglang_finds_the_plugin() -> None:
+    plugin, distribution = of("plugins", "load_plugins_by_group")(GROUP)["fused_moe"]
+    assert plugin is integration.plugin and distribution == "fused-moe"
+
+
+@pytest.mark.skipif(not REAL, reason="SGLang is not installed")
+def test_the_command_line_takes_our_names() -> None:
+    arguments = of("server_args", "ServerArgs")
+    parser = argparse.ArgumentParser()
+    arguments.add_cli_args(parser)
+    for name in ("fused_moe", "fused_moe_int8"):
+        taken = parser.parse_args(["--model-path", "x", "--moe-runner-backend", name])
+        assert taken.moe_runner_backend == name
 
 
 @pytest.mark.skipif(not REAL, reason="SGLang is not installed")
