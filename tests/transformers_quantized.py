@@ -62,13 +62,18 @@ def test_quantizing_a_running_model(family: str, folders: dict[str, Path]) -> No
     assert torch.equal(run(model), run(load(folders[family], "fused_moe_int8")))
 
 
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize(
+    ("device", "dtype"),
+    [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cuda", torch.bfloat16)],
+    ids=str,
+)
 @pytest.mark.parametrize("kept", ["int8", "int4", "mxfp4"])
 @pytest.mark.parametrize("family", ["mixtral", "gpt_oss", "nemotron_h"])
 def test_quantizing_while_reading(
     family: str,
     kept: str,
     device: str,
+    dtype: torch.dtype,
     folders: dict[str, Path],
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
@@ -90,7 +95,6 @@ def test_quantizing_while_reading(
         return convert(self, tensors, *args, **kwargs)
 
     monkeypatch.setattr(sys.modules[operation]._Quantize, "convert", watched)
-    dtype = torch.float32 if device == "cpu" else torch.bfloat16
     # Onto the GPU at once where transformers can: that takes accelerate.
     there = device == "cuda" and importlib.util.find_spec("accelerate") is not None
     model = transformers.AutoModelForCausalLM.from_pretrained(

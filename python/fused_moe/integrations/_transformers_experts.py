@@ -98,8 +98,9 @@ def recognize(module: torch.nn.Module) -> tuple[Activation, Layout]:
     device = torch.device("cpu") if device.type == "meta" else device  # not loaded yet
     draw = torch.Generator().manual_seed(0)
     reach = max(4.0, 3 * (_attribute(module, "limit", "swiglu_limit") or 0.0))
-    # Named, because transformers makes "meta" the default device while it builds a model.
-    x = (torch.rand(64, 64, generator=draw, device="cpu") * 2 - 1) * reach
+    # Named: transformers has "meta" and its own dtype as defaults while it builds a model.
+    x = torch.rand(64, 64, generator=draw, device="cpu", dtype=torch.float32)
+    x = (x * 2 - 1) * reach
     if first_name(module) == "up_proj":
         theirs = module.act_fn(x.to(device)).cpu()
         for kind in ActivationType:
