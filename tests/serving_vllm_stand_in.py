@@ -275,7 +275,7 @@ class _Method(CustomOp):
         *scratch, shape = experts.workspace_shapes(
             *sizes, layer.global_num_experts, count, None, layer.activation
         )
-        output = torch.full(shape, float("nan"), dtype=x.dtype)
+        output = torch.full(shape, float("nan"), dtype=x.dtype, device=x.device)
         unfinished = experts.apply(
             output=output,
             hidden_states=x * topk_weights.to(x.dtype) if early else x,
