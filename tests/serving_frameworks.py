@@ -367,6 +367,12 @@ def test_plugin(
     with caplog.at_level(logging.WARNING):
         integration.plugin()
     assert "fused_moe is not available: vLLM is 0.26.0" in caplog.text
+    caplog.clear()
+    monkeypatch.setattr(sys.modules["vllm"], "__version__", "0.33.9")
+    monkeypatch.setitem(sys.modules, "fused_moe.integrations._vllm_experts", None)
+    with caplog.at_level(logging.WARNING):
+        integration.plugin()
+    assert "fused_moe is not available: import of" in caplog.text
     monkeypatch.setenv(integration.VARIABLE, "yes")
     with pytest.raises(RuntimeError, match="FUSED_MOE_VLLM is 'yes'"):
         integration.plugin()

@@ -76,6 +76,6 @@ def plugin() -> None:
     """The entry point: what a process of SGLang calls at its start."""
     try:
         register()
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         # --moe-runner-backend then does not know our names and says so.
         _log.warning("fused_moe is not available: %s", error)

@@ -69,7 +69,8 @@ def plugin() -> None:
     """The entry point: what a process of vLLM calls at its start.
 
     Raises:
-        RuntimeError: FUSED_MOE_VLLM=1 asks for what `register` refuses, or has another value.
+        ImportError, RuntimeError: FUSED_MOE_VLLM=1 asks for what `register` refuses, or has
+            another value.
     """
     wanted = os.environ.get(VARIABLE, "0")
     if wanted not in ("0", "1"):
@@ -78,7 +79,7 @@ def plugin() -> None:
         )
     try:
         register(unquantized=wanted == "1")
-    except RuntimeError as error:
+    except (ImportError, RuntimeError) as error:
         if wanted == "1":
             raise
         # Nobody asked for anything: the server starts as if this package were not there.
