@@ -16,11 +16,13 @@
 
 namespace moe {
 
-// One way to run a grouped GEMM, as data. Indices into Backend::tactics() name tactics.
+// One way to run a grouped GEMM, or a whole layer, as data. Indices into Backend::Tactics() name
+// tactics.
 struct Tactic {
   std::string name;
-  int32_t tile_m = 0;  // rows of a tile: what the row-tile list is cut into
-  int32_t tile_n = 0;  // weight rows of a tile
+  bool whole_layer = false;  // runs the layer in one launch: both GEMMs of a pair have it
+  int32_t tile_m = 0;        // rows of a tile: what the row-tile list is cut into
+  int32_t tile_n = 0;        // weight rows of a tile
   int32_t tile_k = 0;
   int32_t stages = 0;
   int32_t threads = 0;
@@ -40,14 +42,21 @@ class Backend {
   // The tactics for a weight format (stages and shared memory depend on it).
   virtual const std::vector<Tactic>& Tactics(WeightFormat format) const = 0;
 
-  // Whether a block of the tactic fits the chip.
-  virtual bool Fits(int32_t tactic, WeightFormat format, const Device& device) const = 0;
+  // Whether the tactic can run the problem, or a GEMM of it, on the chip.
+  virtual bool Fits(int32_t tactic, const Problem& problem, const Device& device) const = 0;
 
   // The choice without tuning: a function of sizes and chip, never of device data.
   virtual TacticPair Choose(const Problem& problem, const Device& device) const = 0;
 
+  // A tactic of one GEMM.
   virtual cudaError_t Launch(int32_t tactic, const GroupedGemm& gemm, const Device& device,
                              cudaStream_t stream) const = 0;
+
+  // A tactic of a whole layer. The GEMMs come without row lists; their outputs have a row a slot.
+  virtual cudaError_t LaunchLayer(int32_t tactic, const Problem& problem,
+                                  const GroupedGemm (&gemms)[2], const int32_t* experts,
+                                  void* output, const Device& device,
+                                  cudaStream_t stream) const = 0;
 };
 
 // The backends linked into this binary, in order of preference.

@@ -3,6 +3,7 @@
 // One grouped GEMM as a backend sees it: for every row r of expert e
 //
 //     h[n]      = sum_k a[source(r), k] * weights[e, n, k] * weight_scales[e, n]  + bias[e, n]
+//                 (4-bit weights: weight_scales[e, n, k / group_size], inside the sum)
 //     out[r, c] = row_scale(r) * activation(h)[c]
 //
 // GEMM 1 gathers its rows from the input, source(r) = row_slot[r] / top_k, the row's token, and
@@ -24,8 +25,9 @@ struct GroupedGemm {
   const void* a = nullptr;  // [*, k] dtype
   bool gather = false;      // rows of `a` are tokens
   int32_t top_k = 1;
-  const void* weights = nullptr;           // [experts, fc rows, k]
-  const void* weight_scales = nullptr;     // [experts, fc rows]; null for 16-bit weights
+  const void* weights = nullptr;  // [experts, fc rows, k]
+  // [experts, fc rows], for 4-bit weights [experts, fc rows, k / group_size]; null for 16-bit ones
+  const void* weight_scales = nullptr;
   const void* bias = nullptr;              // [experts, fc rows]; may be null
   const float* swiglu_alpha = nullptr;     // [experts]; null: 1
   const float* swiglu_beta = nullptr;      // [experts]; null: 0
@@ -44,6 +46,7 @@ struct GroupedGemm {
   DType bias_dtype = DType::kBFloat16;
   DType weight_scale_dtype = DType::kFloat32;
   WeightFormat weight_format = WeightFormat::kSameAsInput;
+  int32_t group_size = 0;
 };
 
 }  // namespace moe

@@ -39,12 +39,13 @@ void CheckTactic(const Backend& backend, int32_t tactic, const std::vector<Tacti
                                 std::to_string(tactics.size()) + " for the " + backend.name() +
                                 " backend");
   }
-  if (!backend.Fits(tactic, problem.weight_format, device)) {
+  if (!backend.Fits(tactic, problem, device)) {
     throw std::invalid_argument("tactics: " + tactics[tactic].name + " takes " +
                                 std::to_string(tactics[tactic].shared_memory) +
-                                " bytes of shared memory, the device gives a block " +
+                                " bytes of shared memory, of which the device gives a block " +
                                 std::to_string(device.shared_memory_per_block) +
-                                "; choose a smaller tactic");
+                                ", and is asked for " + std::to_string(problem.num_slots()) +
+                                " slots; choose one that supported_tactics lists");
   }
 }
 
@@ -85,36 +86,26 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   const std::vector<Tactic>& all = backend.Tactics(problem.weight_format);
   CheckTactic(backend, tactics.gemm1, all, problem, device);
   CheckTactic(backend, tactics.gemm2, all, problem, device);
+  if (tactics.gemm1 != tactics.gemm2 &&
+      (all[tactics.gemm1].whole_layer || all[tactics.gemm2].whole_layer)) {
+    throw std::invalid_argument("tactics: got " + all[tactics.gemm1].name + " and " +
+                                all[tactics.gemm2].name +
+                                ", but a tactic of whole layers must be given for both GEMMs");
+  }
 
   auto at = [&](size_t offset) { return static_cast<char*>(arguments.workspace) + offset; };
   auto ints = [&](size_t offset) { return reinterpret_cast<int32_t*>(at(offset)); };
 
-  RoutingBuffers routing;
-  routing.num_row_tiles = ints(plan.num_row_tiles);
-  routing.expert_counts = ints(plan.expert_counts);
-  routing.row_to_slot = ints(plan.row_to_slot);
-  routing.slot_to_row = ints(plan.slot_to_row);
-  for (int i = 0; i < 2; ++i) {
-    routing.row_tiles[i] = reinterpret_cast<RowTile*>(at(plan.row_tiles[i]));
-    routing.tile_rows[i] = all[i == 0 ? tactics.gemm1 : tactics.gemm2].tile_m;
-  }
-  Check(LaunchRouting(problem, arguments.experts, routing, stream), "routing");
-
-  auto list = [&](GroupedGemm& gemm, int i) {
-    gemm.row_tiles = routing.row_tiles[i];
-    gemm.num_row_tiles = routing.num_row_tiles + i;
-    gemm.max_row_tiles =
-        MaxRowTiles(problem.num_slots(), problem.num_local_experts, routing.tile_rows[i]);
-    gemm.row_slot = routing.row_to_slot;
+  GroupedGemm gemms[2];
+  for (GroupedGemm& gemm : gemms) {
     gemm.top_k = problem.top_k;
     gemm.dtype = problem.dtype;
     gemm.bias_dtype = problem.output_dtype;
     gemm.weight_scale_dtype = arguments.weight_scale_dtype;
     gemm.weight_format = problem.weight_format;
-  };
-
-  GroupedGemm gemm1;
-  list(gemm1, 0);
+    gemm.group_size = problem.group_size;
+  }
+  GroupedGemm& gemm1 = gemms[0];
   gemm1.a = arguments.input;
   gemm1.gather = true;
   gemm1.weights = arguments.fc1_weights;
@@ -128,10 +119,8 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   gemm1.columns = problem.intermediate_size;
   gemm1.k = problem.hidden_size;
   gemm1.activation = problem.activation;
-  Check(backend.Launch(tactics.gemm1, gemm1, device, stream), "GEMM 1");
 
-  GroupedGemm gemm2;
-  list(gemm2, 1);
+  GroupedGemm& gemm2 = gemms[1];
   gemm2.a = at(plan.intermediate);
   gemm2.weights = arguments.fc2_weights;
   gemm2.weight_scales = arguments.fc2_scales;
@@ -141,8 +130,31 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
   gemm2.out_dtype = problem.output_dtype;  // not dtype: bf16 holds sums that fp16 cannot
   gemm2.columns = problem.hidden_size;
   gemm2.k = problem.intermediate_size;
-  Check(backend.Launch(tactics.gemm2, gemm2, device, stream), "GEMM 2");
 
+  if (all[tactics.gemm1].whole_layer) {
+    Check(backend.LaunchLayer(tactics.gemm1, problem, gemms, arguments.experts, arguments.output,
+                              device, stream),
+          "the layer");
+    return;
+  }
+
+  RoutingBuffers routing;
+  routing.num_row_tiles = ints(plan.num_row_tiles);
+  routing.expert_counts = ints(plan.expert_counts);
+  routing.row_to_slot = ints(plan.row_to_slot);
+  routing.slot_to_row = ints(plan.slot_to_row);
+  for (int i = 0; i < 2; ++i) {
+    routing.row_tiles[i] = reinterpret_cast<RowTile*>(at(plan.row_tiles[i]));
+    routing.tile_rows[i] = all[i == 0 ? tactics.gemm1 : tactics.gemm2].tile_m;
+    gemms[i].row_tiles = routing.row_tiles[i];
+    gemms[i].num_row_tiles = routing.num_row_tiles + i;
+    gemms[i].max_row_tiles =
+        MaxRowTiles(problem.num_slots(), problem.num_local_experts, routing.tile_rows[i]);
+    gemms[i].row_slot = routing.row_to_slot;
+  }
+  Check(LaunchRouting(problem, arguments.experts, routing, stream), "routing");
+  Check(backend.Launch(tactics.gemm1, gemm1, device, stream), "GEMM 1");
+  Check(backend.Launch(tactics.gemm2, gemm2, device, stream), "GEMM 2");
   Check(LaunchFinalize(problem, at(plan.expert_output), routing.slot_to_row, arguments.output,
                        stream),
         "finalize");

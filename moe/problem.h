@@ -79,6 +79,9 @@ struct Problem {
   }
 };
 
+// Shared memory holds up to five numbers an expert.
+inline constexpr int32_t kMaxLocalExperts = 2048;
+
 // What a tactic choice needs to know of a chip.
 struct Device {
   int32_t multiprocessors = 0;

@@ -14,9 +14,6 @@
 
 namespace moe {
 
-// Shared memory holds up to five numbers an expert.
-inline constexpr int32_t kMaxLocalExperts = 2048;
-
 // Device pointers into the workspace, as in WorkspacePlan.
 struct RoutingBuffers {
   int32_t* num_row_tiles;  // [2]

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Conversions between 16-bit storage and float32 arithmetic.
+// Conversions between 16-bit storage and float32 arithmetic, and addresses.
 
 #ifndef KERNELS_COMMON_NUMERIC_CUH_
 #define KERNELS_COMMON_NUMERIC_CUH_
@@ -14,6 +14,13 @@
 
 namespace moe {
 
+// base + a * b in one instruction. Written in C++ with 64-bit operands it takes three.
+__device__ inline const char* WideOffset(const char* base, uint32_t a, uint32_t b) {
+  uint64_t out;
+  asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(out) : "r"(a), "r"(b), "l"(base));
+  return reinterpret_cast<const char*>(out);
+}
+
 // Two values rounded to a 16-bit dtype known at run time.
 __device__ inline uint32_t PackPair(float lo, float hi, DType dtype) {
   if (dtype == DType::kFloat16) {
@@ -22,6 +29,17 @@ __device__ inline uint32_t PackPair(float lo, float hi, DType dtype) {
   }
   const __nv_bfloat162 pair = __floats2bfloat162_rn(lo, hi);
   return reinterpret_cast<const uint32_t&>(pair);
+}
+
+__device__ inline float2 ToFloat2(__half2 v) { return __half22float2(v); }
+__device__ inline float2 ToFloat2(__nv_bfloat162 v) { return __bfloat1622float2(v); }
+
+// One value whose dtype is known only at run time.
+__device__ inline float LoadAsFloat(const void* base, int64_t index, DType dtype) {
+  if (dtype == DType::kFloat32) return __ldg(static_cast<const float*>(base) + index);
+  const unsigned short bits = __ldg(static_cast<const unsigned short*>(base) + index);
+  return dtype == DType::kFloat16 ? __half2float(__ushort_as_half(bits))
+                                  : __bfloat162float(__ushort_as_bfloat16(bits));
 }
 
 // `Count` consecutive values at `base[index...]`, whose dtype is known only at run time (biases

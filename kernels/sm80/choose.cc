@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A model of waves and bytes. A GEMM takes the longer of
+// A model of waves and bytes. In tiles, a GEMM takes the longer of
 //
 //   bytes   touched weights and rows, each once, at the bandwidth that the tile can keep busy
 //   waves   (tiles in a row for the busiest block) * (time of a tile), where a tile takes
@@ -9,8 +9,10 @@
 // joined smoothly, since near the crossing each slows the other. How many row tiles an expert
 // needs is the expectation over Poisson-distributed rows: the host does not know the routing.
 //
-// The costs were fitted to up to 168 timed GEMMs an entry on an H200 (docs/measurements.md): they are
-// microseconds of that chip's multiprocessors. Other chips enter by multiprocessors, resident
+// One launch for the whole layer takes a start and its weights at a bandwidth of its own.
+//
+// The costs were fitted to timings on an H200 (docs/measurements.md), up to 168 GEMMs an entry; they
+// are microseconds of that chip's multiprocessors. Other chips enter by multiprocessors, resident
 // blocks and shared memory. That an A100 has about 0.6 of both the matrix rate and the bandwidth a
 // multiprocessor scales all times alike and leaves the choice where it is.
 
@@ -19,6 +21,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kernels/sm80/decode_kernels.h"
 #include "kernels/sm80/tiles.h"
 
 namespace moe::sm80 {
@@ -33,18 +36,54 @@ struct Cost {
   double bandwidth;  // TB/s of the whole chip
 };
 
-// By tile, then 16-bit and 8-bit weights.
-constexpr Cost kCosts[][2] = {
-    {{0.327, 0.102, 1.42, 4.25}, {0.542, 0.153, 1.89, 3.77}},  // 16x64x128
-    {{0.302, 0.106, 2.01, 4.16}, {0.402, 0.110, 2.43, 3.91}},  // 16x128x64
-    {{0.387, 0.028, 2.07, 4.24}, {0.001, 0.465, 3.13, 3.34}},  // 32x128x64
-    {{0.561, 0.053, 2.49, 4.27}, {0.406, 0.145, 3.00, 3.60}},  // 64x128x64
-    {{0.682, 0.022, 3.43, 4.25}, {0.546, 0.114, 3.94, 3.50}},  // 64x256x64
-    {{0.549, 0.101, 2.92, 4.00}, {0.817, 0.128, 3.36, 3.00}},  // 128x128x64
-    {{0.637, 0.084, 3.10, 3.90}, {0.693, 0.142, 3.35, 3.00}},  // 128x256x64
-    {{0.500, 0.057, 2.84, 3.30}, {0.680, 0.083, 3.14, 2.40}},  // 256x128x64
+// By tile, then bits of a weight: 16, 8, 4.
+constexpr Cost kCosts[][3] = {
+    {{0.404, 0.006, 1.14, 4.29},
+     {0.679, 0.119, 2.60, 3.07},
+     {0.705, 0.130, 1.80, 1.76}},  // 16x64x128
+    {{0.268, 0.073, 1.99, 4.20},
+     {0.691, 0.018, 1.96, 3.46},
+     {0.673, 0.017, 1.58, 1.72}},  // 16x128x64
+    {{0.494, 0.001, 1.67, 4.30},
+     {0.554, 0.088, 2.34, 4.40},
+     {0.689, 0.065, 1.52, 1.87}},  // 32x128x64
+    {{0.684, 0.023, 2.50, 4.40},
+     {0.594, 0.072, 2.57, 4.40},
+     {0.754, 0.066, 2.02, 4.40}},  // 64x128x64
+    {{0.720, 0.011, 3.22, 4.40},
+     {0.877, 0.052, 3.73, 4.40},
+     {1.087, 0.040, 2.36, 1.87}},  // 64x256x64
+    {{0.571, 0.093, 2.85, 4.40},
+     {0.793, 0.080, 3.40, 4.40},
+     {0.841, 0.085, 2.59, 4.40}},  // 128x128x64
+    {{0.639, 0.082, 2.93, 4.40},
+     {0.848, 0.066, 3.56, 4.09},
+     {0.893, 0.067, 3.07, 4.40}},  // 128x256x64
+    {{0.462, 0.050, 3.48, 4.40},
+     {0.618, 0.047, 3.15, 4.40},
+     {0.737, 0.045, 2.91, 4.40}},  // 256x128x64
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
+
+// Microseconds of a layer in tiles beside those of its GEMMs: routing, finalize, four launches.
+constexpr double kTilesOverhead = 13.0;
+
+// One launch for the layer takes `start` and its weights, as often as they are passed over.
+struct DecodeCost {
+  double start;      // us
+  double bandwidth;  // TB/s of the whole chip
+};
+
+// By kernel, then bits of a weight.
+constexpr DecodeCost kDecodeCosts[][3] = {
+    {{11.0, 4.15}, {12.8, 3.59}, {11.8, 2.42}},
+    {{12.0, 4.05}, {14.1, 3.46}, {12.0, 1.94}},
+};
+static_assert(sizeof(kDecodeCosts) / sizeof(kDecodeCosts[0]) == kNumDecodeKernels, "one row each");
+
+constexpr int CostColumn(WeightKind kind) {
+  return kind == WeightKind::k16Bit ? 0 : kind == WeightKind::k8Bit ? 1 : 2;
+}
 
 // Expected ceil(X / height) for a Poisson X of the given mean: the sum over j of P(X > j * height),
 // by a logistic approximation of the normal distribution.
@@ -58,6 +97,10 @@ double RowTiles(double mean, int height) {
   return tiles;
 }
 
+double RowsPerExpert(const Problem& problem) {
+  return std::max(problem.expected_local_slots() / problem.num_local_experts, 1e-6);
+}
+
 // What a GEMM's cost depends on besides the tile.
 struct Shape {
   double experts;
@@ -67,17 +110,17 @@ struct Shape {
   double bytes;
 };
 
-double Microseconds(int index, bool quantized, const Shape& shape, const Device& device) {
+double Microseconds(int index, WeightKind kind, const Shape& shape, const Device& device) {
   const Tile& tile = kTiles[index];
-  const Cost& cost = kCosts[index][quantized];
+  const Cost& cost = kCosts[index][CostColumn(kind)];
   const double column_tiles = std::ceil(shape.weight_rows / tile.n);
   const double row_tiles = RowTiles(shape.rows_per_expert, tile.m);
   const double row_blocks = RowTiles(shape.rows_per_expert, 16);
 
   // Blocks of a multiprocessor share it: alone, each runs faster, down to the 8 warps that the
   // mainloop needs to hide its own latency.
-  const double resident = ResidentBlocks(index, quantized, device);
-  const double fitted = ResidentBlocks(index, quantized, kFittedOn);
+  const double resident = ResidentBlocks(index, kind, device);
+  const double fitted = ResidentBlocks(index, kind, kFittedOn);
   const double warps = resident * tile.threads() / 32;
   const double sharing = resident / fitted * std::max(1.0, 8.0 / warps);
 
@@ -98,36 +141,79 @@ double Microseconds(int index, bool quantized, const Shape& shape, const Device&
 
 }  // namespace
 
-int ResidentBlocks(int tile, bool quantized, const Device& device) {
+int ResidentBlocks(int tile, WeightKind kind, const Device& device) {
   constexpr int kReserved = 1024;  // the driver takes 1 KiB of shared memory a block
-  const int bytes = kTiles[tile].shared_memory(quantized);
+  const int bytes = kTiles[tile].shared_memory(kind);
   if (bytes > device.shared_memory_per_block) return 0;
   return std::clamp(device.shared_memory_per_multiprocessor / (bytes + kReserved), 1,
-                    kTiles[tile].blocks);
+                    kTiles[tile].blocks[static_cast<int>(kind)]);
 }
 
-int ChooseTile(const Problem& problem, bool gated, int columns, int k, const Device& device) {
+namespace {
+
+struct TileChoice {
+  int tile;
+  double microseconds;
+};
+
+// The best tile for a GEMM with `columns` output columns (I or H) and reduction length `k`.
+TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, const Device& device) {
+  const WeightKind kind = KindOf(problem.weight_format);
   Shape shape;
   shape.experts = problem.num_local_experts;
-  shape.rows_per_expert = std::max(problem.expected_local_slots() / shape.experts, 1e-6);
+  shape.rows_per_expert = RowsPerExpert(problem);
   shape.weight_rows = static_cast<double>(columns) * (gated ? 2 : 1);
   shape.k = k;
   const double touched = shape.experts * (1.0 - std::exp(-shape.rows_per_expert));
   const double rows = shape.experts * shape.rows_per_expert;
-  shape.bytes =
-      touched * shape.weight_rows * k * (problem.quantized() ? 1 : 2) + rows * 2.0 * (k + columns);
+  shape.bytes = touched * shape.weight_rows * k * WeightBits(kind) / 8 + rows * 2.0 * (k + columns);
 
-  int best = 0;
-  double best_time = INFINITY;
+  // Where none fits, the launch refuses the first, naming it and the limit.
+  TileChoice best = {0, INFINITY};
   for (int tile = 0; tile < kNumTiles; ++tile) {
-    if (ResidentBlocks(tile, problem.quantized(), device) == 0) continue;
-    const double time = Microseconds(tile, problem.quantized(), shape, device);
-    if (time < best_time) {
-      best = tile;
-      best_time = time;
+    if (ResidentBlocks(tile, kind, device) == 0) continue;
+    const double time = Microseconds(tile, kind, shape, device);
+    if (time < best.microseconds) best = {tile, time};
+  }
+  return best;
+}
+
+double DecodeMicroseconds(int kernel, const Problem& problem, const Device& device) {
+  const WeightKind kind = KindOf(problem.weight_format);
+  const DecodeCost& cost = kDecodeCosts[kernel][CostColumn(kind)];
+  const double passes =
+      problem.num_local_experts * RowTiles(RowsPerExpert(problem), 8 * kDecodeTokenBlocks[kernel]);
+  const double weights =
+      static_cast<double>(problem.fc1_rows() + problem.intermediate_size) * problem.hidden_size;
+  const double bandwidth =
+      cost.bandwidth * 1e6 * device.multiprocessors / kFittedOn.multiprocessors;
+  return cost.start + passes * weights * WeightBits(kind) / 8 / bandwidth;
+}
+
+}  // namespace
+
+bool DecodeFits(int kernel, const Problem& problem, const Device& device) {
+  return problem.num_slots() <= kDecodeMaxSlots &&
+         DecodeSharedMemory(kDecodeTokenBlocks[kernel], problem.num_local_experts) <=
+             device.shared_memory_per_block;
+}
+
+Choice Choose(const Problem& problem, const Device& device) {
+  const TileChoice first = BestTile(problem, IsGated(problem.activation), problem.intermediate_size,
+                                    problem.hidden_size, device);
+  const TileChoice second =
+      BestTile(problem, false, problem.hidden_size, problem.intermediate_size, device);
+  Choice choice = {{first.tile, second.tile}, -1};
+  double best = first.microseconds + second.microseconds + kTilesOverhead;
+  for (int kernel = 0; kernel < kNumDecodeKernels; ++kernel) {
+    if (!DecodeFits(kernel, problem, device)) continue;
+    const double time = DecodeMicroseconds(kernel, problem, device);
+    if (time < best) {
+      best = time;
+      choice.decode = kernel;
     }
   }
-  return best;  // where none fits the launch refuses, naming the tile and the limit
+  return choice;
 }
 
 }  // namespace moe::sm80

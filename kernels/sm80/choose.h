@@ -5,15 +5,22 @@
 #ifndef KERNELS_SM80_CHOOSE_H_
 #define KERNELS_SM80_CHOOSE_H_
 
+#include "kernels/common/weight_kind.h"
 #include "moe/problem.h"
 
 namespace moe::sm80 {
 
 // Blocks of a tile that a multiprocessor holds at once; 0 where the tile does not fit the chip.
-int ResidentBlocks(int tile, bool quantized, const Device& device);
+int ResidentBlocks(int tile, WeightKind kind, const Device& device);
 
-// Index of the tile for a GEMM with `columns` output columns (I or H) and reduction length `k`.
-int ChooseTile(const Problem& problem, bool gated, int columns, int k, const Device& device);
+// Whether a kernel for whole layers, an index into kDecodeTokenBlocks, can run the problem.
+bool DecodeFits(int kernel, const Problem& problem, const Device& device);
+
+struct Choice {
+  int tiles[2];  // of GEMM 1 and GEMM 2
+  int decode;    // the kernel for the whole layer where that is the better choice, else -1
+};
+Choice Choose(const Problem& problem, const Device& device);
 
 }  // namespace moe::sm80
 

@@ -9,6 +9,7 @@
 #include <cstdint>
 
 #include "kernels/common/activation.cuh"
+#include "kernels/common/dequantize.cuh"
 #include "kernels/common/numeric.cuh"
 #include "kernels/sm80/scheduler.cuh"
 #include "kernels/sm80/traits.cuh"
@@ -16,18 +17,19 @@
 namespace moe::sm80 {
 
 // Scale and bias of kVector adjacent weight rows.
-template <int kVector>
+template <typename T>
 struct Channels {
+  static constexpr int kVector = T::Columns::kVector;
   float scale[kVector];
   float bias[kVector];
 
   __device__ Channels(const GroupedGemm& gemm, int64_t first) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
-      scale[v] = 1.0f;
+      scale[v] = kUnscale<typename T::Element, T::kKind>;
       bias[v] = 0.0f;
     }
-    if (gemm.weight_scales != nullptr) {
+    if constexpr (T::kKind == WeightKind::k8Bit) {
       LoadAsFloat(gemm.weight_scales, first, gemm.weight_scale_dtype, scale);
     }
     if (gemm.bias != nullptr) LoadAsFloat(gemm.bias, first, gemm.bias_dtype, bias);
@@ -85,9 +87,8 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
       // columns is a multiple of 8, so a vector is inside or outside as a whole.
       if (column >= gemm.columns) continue;
       const int64_t expert_row = static_cast<int64_t>(item.expert) * Columns::kHalves;
-      const Channels<kVector> up(gemm, expert_row * gemm.columns + column);
-      const Channels<kVector> gate(gemm,
-                                   (expert_row + Columns::kHalves - 1) * gemm.columns + column);
+      const Channels<T> up(gemm, expert_row * gemm.columns + column);
+      const Channels<T> gate(gemm, (expert_row + Columns::kHalves - 1) * gemm.columns + column);
       const int block = group * Columns::kGroup * Columns::kHalves;
 #pragma unroll
       for (int m = 0; m < T::kMmaM; ++m) {

@@ -3,9 +3,9 @@
 // Grouped GEMM for Ampere: cp.async, ldmatrix, mma.sync. What it computes is in
 // moe/grouped_gemm.h; this file is the kernel, and is compiled once for each
 //
-//     MOE_TILE      index into kTiles
-//     MOE_DTYPE     kFloat16 or kBFloat16
-//     MOE_QUANTIZED 0: weights have the input's dtype; 1: int8 or uint8
+//     MOE_TILE     index into kTiles
+//     MOE_DTYPE    kFloat16 or kBFloat16
+//     MOE_WEIGHTS  a WeightKind
 //
 // A tile of one expert, m rows by n weight rows:
 //
@@ -22,14 +22,14 @@
 //
 // The loop is flat over (tile, part of k) steps. A step multiplies one stage and, between its
 // mmas, starts the copies for the step kStages - 1 ahead, whichever tile that belongs to, into the
-// stage that was multiplied before. Its last mmas run while the warps meet at the barrier that
-// publishes the next stage and while the first fragments of that one are loaded.
+// stage that was multiplied before; weights that are not stored in 16 bits are widened there, too,
+// one step ahead. Its last mmas run while the warps meet at the barrier that publishes the next
+// stage and while the first fragments of that one are loaded.
 //
 // What bounds it. Few rows an expert: DRAM; an SM must keep 32 KiB or more in flight, which
 // (kStages - 1) stages of the resident blocks do. Many rows: the issue rate of mma.sync; a
 // 64x64 warp tile reads 4 KiB of shared memory for 32 mmas, half of what the banks can give.
 
-#include <atomic>
 #include <cute/arch/copy_sm80.hpp>
 
 #include "kernels/sm80/epilogue.cuh"
@@ -37,36 +37,54 @@
 #include "kernels/sm80/loader.cuh"
 #include "kernels/sm80/mainloop.cuh"
 #include "kernels/sm80/scheduler.cuh"
+#include "kernels/sm80/shared_memory.h"
 #include "kernels/sm80/traits.cuh"
 
 namespace moe::sm80 {
 
 template <typename T>
-__global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
+__global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     GroupedGemmKernel(const __grid_constant__ GroupedGemm gemm, const uint32_t weight_flip) {
   extern __shared__ __align__(128) char shared[];
 
   const Scheduler<T::kTile.m, T::kTileColumns> schedule(gemm);
-  Loader<T> loader(gemm, schedule, static_cast<uint32_t>(__cvta_generic_to_shared(shared)));
-  Mainloop<T> mainloop(shared, weight_flip);
+  Loader<T> loader(gemm, schedule, shared, weight_flip);
+  Mainloop<T> mainloop(shared);
 
 #pragma unroll 1
-  for (int s = 0; s < T::kStages - 1; ++s) {
+  for (int s = 0; s < T::kStages - 2; ++s) {
     loader.template Issue<0, 1>(s * T::kStageBytes);
-    loader.Advance();
     cute::cp_async_fence();
+    loader.PushScales();
+    loader.Advance();
   }
+  loader.template Issue<0, 1>((T::kStages - 2) * T::kStageBytes);
+  cute::cp_async_fence();
+  // Waits until the step after the next one has all the thread's copies, or the next one has those
+  // of all threads.
+  auto arrive = [] { cute::cp_async_wait<T::kStages - 3>(); };
   // Warps with different numbers of active row blocks come to this barrier from different code. It
   // counts arrivals at barrier 0 whatever instruction they come from (PTX, bar.sync).
   auto publish = [] {
-    cute::cp_async_wait<T::kStages - 2>();
+    if constexpr (!T::kWidens) cute::cp_async_wait<T::kStages - 2>();
     __syncthreads();
   };
+  // Operand B of a step: part of its stage, or one of the buffers that weights are widened into.
+  auto place = [](int stage, int wide) {
+    return StagePlace{stage, T::kWidens ? T::kWideB + wide * T::kBytesB : stage + T::kBytesA};
+  };
+  if constexpr (T::kWidens) {
+    cute::cp_async_wait<T::kStages - 2>();
+    loader.template Widen<0, 1>(0, 0);
+  }
+  loader.PushScales();
+  loader.Advance();
   publish();
-  mainloop.Prime();
+  mainloop.Prime(place(0, 0));
 
   constexpr int kLastStage = (T::kStages - 1) * T::kStageBytes;
   int stage = 0;  // byte offset of the stage to multiply
+  int wide = 0;   // its buffer
   for (int32_t work = blockIdx.x; work < schedule.work_items; work += gridDim.x) {
     const int active = ActiveRowBlocks<T>(schedule.Decode(work).rows, GetWarpPlace<T>().m);
     typename Mainloop<T>::Accumulators acc = {};
@@ -74,15 +92,20 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
       const int next = stage == kLastStage ? 0 : stage + T::kStageBytes;
       const int previous = stage == 0 ? kLastStage : stage - T::kStageBytes;
       mainloop.Run(
-          stage, next, active, acc,
+          place(stage, wide), place(next, wide ^ 1), active, acc,
           [&](auto step) {
+            constexpr int kPart = decltype(step)::value;
             constexpr int kParts = T::kMmaK - 1;
-            loader.template Issue<decltype(step)::value, kParts>(previous);
-            if constexpr (decltype(step)::value == kParts - 1) cute::cp_async_fence();
+            if constexpr (T::kWidens && kPart == 0) arrive();
+            loader.template Widen<kPart, kParts>(next, wide ^ 1);
+            loader.template Issue<kPart, kParts>(previous);
+            if constexpr (kPart == kParts - 1) cute::cp_async_fence();
           },
           publish);
+      loader.PushScales();
       loader.Advance();
       stage = next;
+      wide ^= 1;
     }
     // Decoded again, which the empty asm keeps the compiler from seeing: carrying the item through
     // the loop would take registers that the widest tile does not have.
@@ -94,24 +117,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kTile.blocks)
 
 namespace {
 
-// Raises the kernel's limit of dynamic shared memory, once a device: the runtime takes a
-// microsecond for it. That threads may do so at the same time is harmless.
-template <typename T>
-cudaError_t AllowSharedMemory() {
-  static std::atomic<uint64_t> allowed = 0;  // a bit a device
-  int device = 0;
-  cudaError_t status = cudaGetDevice(&device);
-  const uint64_t bit = uint64_t{1} << (device % 64);
-  if (status != cudaSuccess || (device < 64 && (allowed.load() & bit) != 0)) return status;
-  status = cudaFuncSetAttribute(GroupedGemmKernel<T>, cudaFuncAttributeMaxDynamicSharedMemorySize,
-                                T::kSharedMemory);
-  if (status == cudaSuccess) allowed.fetch_or(bit);
-  return status;
-}
-
 template <typename T>
 cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
-  const cudaError_t status = AllowSharedMemory<T>();
+  const cudaError_t status = AllowSharedMemory<GroupedGemmKernel<T>>(T::kSharedMemory);
   if (status != cudaSuccess) return status;
   const int64_t column_tiles = (gemm.columns + T::kTileColumns - 1) / T::kTileColumns;
   const int64_t work_items = gemm.max_row_tiles * column_tiles;
@@ -128,15 +136,15 @@ using ElementOf = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfl
 
 }  // namespace
 
-template <int kTileIndex, DType kDType, bool kQuantized>
+template <int kTileIndex, DType kDType, WeightKind kKind>
 cudaError_t LaunchGroupedGemm(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   return IsGated(gemm.activation)
-             ? Launch<Traits<kTileIndex, Element, kQuantized, true>>(gemm, blocks, stream)
-             : Launch<Traits<kTileIndex, Element, kQuantized, false>>(gemm, blocks, stream);
+             ? Launch<Traits<kTileIndex, Element, kKind, true>>(gemm, blocks, stream)
+             : Launch<Traits<kTileIndex, Element, kKind, false>>(gemm, blocks, stream);
 }
 
-template cudaError_t LaunchGroupedGemm<MOE_TILE, DType::MOE_DTYPE, MOE_QUANTIZED != 0>(
+template cudaError_t LaunchGroupedGemm<MOE_TILE, DType::MOE_DTYPE, WeightKind::MOE_WEIGHTS>(
     const GroupedGemm&, int, cudaStream_t);
 
 }  // namespace moe::sm80

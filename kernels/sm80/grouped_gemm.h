@@ -8,12 +8,13 @@
 
 #include <cuda_runtime_api.h>
 
+#include "kernels/common/weight_kind.h"
 #include "moe/grouped_gemm.h"
 
 namespace moe::sm80 {
 
 // Launches at most `blocks` blocks.
-template <int kTileIndex, DType kDType, bool kQuantized>
+template <int kTileIndex, DType kDType, WeightKind kKind>
 cudaError_t LaunchGroupedGemm(const GroupedGemm& gemm, int blocks, cudaStream_t stream);
 
 }  // namespace moe::sm80

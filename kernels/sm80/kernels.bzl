@@ -9,43 +9,64 @@ _DTYPES = {
     "fp16": "kFloat16",
 }
 
-# Whether weights are 8-bit integers.
+# Names of WeightKind.
 _WEIGHTS = {
-    "w16": 0,
-    "w8": 1,
+    "int4": "kInt4",
+    "mxfp4": "kMxfp4",
+    "w16": "k16Bit",
+    "w8": "k8Bit",
 }
 
-def sm80_kernels(name, srcs, hdrs, tiles, deps):
-    """Compiles the kernel once for each tile, dtype and weight width.
-
-    Each instance is a library of its own, so that they build in parallel and are cached apart.
+def _instances(name, tags, **kwargs):
+    """Compiles a source once for each dtype and kind of weights.
 
     Args:
-      name: a library of them all; the instances are NAME_TILE_DTYPE_WEIGHTS.
-      srcs: the one source.
-      hdrs: its headers.
-      tiles: how many tiles tiles.h lists.
-      deps: what the source needs.
+      name: of the instances, which are NAME_DTYPE_WEIGHTS.
+      tags: further preprocessor definitions.
+      **kwargs: of cuda_library.
+
+    Returns:
+      The names of the instances.
     """
     instances = []
+    for dtype, dtype_name in _DTYPES.items():
+        for weights, weights_name in _WEIGHTS.items():
+            instance = "%s_%s_%s" % (name, dtype, weights)
+            cuda_library(
+                name = instance,
+                backend = "sm80",
+                local_defines = tags + [
+                    "MOE_DTYPE=" + dtype_name,
+                    "MOE_WEIGHTS=" + weights_name,
+                ],
+                visibility = ["//visibility:private"],
+                **kwargs
+            )
+            instances.append(instance)
+    return instances
+
+def sm80_kernels(name, tiles, gemm, decode, hdrs, deps):
+    """Compiles every instance of the sm80 kernels.
+
+    Each is a library of its own, so that they build in parallel and are cached apart.
+
+    Args:
+      name: a library of them all.
+      tiles: how many tiles tiles.h lists.
+      gemm: the source of the grouped GEMM, compiled for each of them.
+      decode: the source of the layer for few tokens.
+      hdrs: the headers of both.
+      deps: what the sources need.
+    """
+    instances = _instances(name + "_decode", [], srcs = [decode], hdrs = hdrs, deps = deps)
     for tile in range(tiles):
-        for dtype, dtype_name in _DTYPES.items():
-            for weights, quantized in _WEIGHTS.items():
-                instance = "%s_%d_%s_%s" % (name, tile, dtype, weights)
-                cuda_library(
-                    name = instance,
-                    srcs = srcs,
-                    hdrs = hdrs,
-                    backend = "sm80",
-                    local_defines = [
-                        "MOE_TILE=%d" % tile,
-                        "MOE_DTYPE=" + dtype_name,
-                        "MOE_QUANTIZED=%d" % quantized,
-                    ],
-                    visibility = ["//visibility:private"],
-                    deps = deps,
-                )
-                instances.append(instance)
+        instances += _instances(
+            "%s_%d" % (name, tile),
+            ["MOE_TILE=%d" % tile],
+            srcs = [gemm],
+            hdrs = hdrs,
+            deps = deps,
+        )
     cc_library(
         name = name,
         target_compatible_with = select({

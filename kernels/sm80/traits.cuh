@@ -45,15 +45,17 @@ struct ColumnMap {
   }
 };
 
-template <int kTileIndex, typename Element_, bool kQuantized_, bool kGated_>
+template <int kTileIndex, typename Element_, WeightKind kKind_, bool kGated_>
 struct Traits {
   using Element = Element_;  // __half or __nv_bfloat16
-  static constexpr bool kQuantized = kQuantized_;
+  static constexpr WeightKind kKind = kKind_;
+  static constexpr bool kWidens = kKind != WeightKind::k16Bit;
   static constexpr bool kGated = kGated_;
   static constexpr Tile kTile = kTiles[kTileIndex];
 
   static constexpr int kThreads = kTile.threads();
-  static constexpr int kStages = kQuantized ? kTile.stages_int8 : kTile.stages;
+  static constexpr int kStages = kTile.stages[static_cast<int>(kKind)];
+  static constexpr int kBlocks = kTile.blocks[static_cast<int>(kKind)];
   static constexpr int kWarpM = kTile.m / kTile.warps_m;
   static constexpr int kWarpN = kTile.n / kTile.warps_n;
   static constexpr int kMmaM = kWarpM / 16;  // mma.m16n8k16 steps of a warp
@@ -62,45 +64,37 @@ struct Traits {
   using Columns = ColumnMap<kWarpN, kGated>;
   static constexpr int kTileColumns = kTile.n / Columns::kHalves;  // of the output
 
-  // A stage: A [m][k] in 16 bits, then B [n][k] in 16 or 8 bits, rows of 16-byte chunks.
-  static constexpr int kRowBytesA = kTile.k * 2;
-  static constexpr int kRowBytesB = kTile.k * (kQuantized ? 1 : 2);
-  static constexpr int kChunksA = kRowBytesA / 16;
-  static constexpr int kChunksB = kRowBytesB / 16;
-  static constexpr int kBytesA = kTile.m * kRowBytesA;
-  static constexpr int kStageBytes = kTile.stage_bytes(kQuantized);
-  static constexpr int kSharedMemory = kTile.shared_memory(kQuantized);
+  // Shared memory: the stages, each A [m][k] in rows of 16-byte chunks, swizzled, and then
+  //   16-bit weights: B [n][k] likewise;
+  //   others: the weights as they are stored, each chunk where the thread that loads and widens it
+  //   finds it. Behind the stages, two buffers of B [n][k] in 16 bits.
+  static constexpr int kRowBytes = kTile.k * 2;  // of A and B
+  static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kBytesA = kTile.m * kRowBytes;
+  static constexpr int kBytesB = kTile.n * kRowBytes;
+  static constexpr int kStageBytes = kTile.stage_bytes(kKind);
+  static constexpr int kWideB = kStages * kStageBytes;  // byte offset of the two buffers
+  static constexpr int kSharedMemory = kTile.shared_memory(kKind);
 
   // Loads of a stage: a thread takes one chunk of every kRowStep-th row.
-  static constexpr int kRowStepA = kThreads / kChunksA;
-  static constexpr int kRowStepB = kThreads / kChunksB;
+  static constexpr int kStoredChunks = kTile.k * WeightBits(kKind) / 128;  // of a weight row
+  static constexpr int kRowStepA = kThreads / kChunks;
+  static constexpr int kRowStepB = kThreads / kStoredChunks;
   static constexpr int kLoadsA = kTile.m / kRowStepA;
   static constexpr int kLoadsB = kTile.n / kRowStepB;
 
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps take whole mma pairs");
-  static_assert(kTile.k % 64 == 0, "the swizzles below are for rows of 64 bytes or more");
+  static_assert(kTile.k % 64 == 0, "the swizzle below is for rows of 128 bytes or more");
   static_assert(kTile.m % kRowStepA == 0 && kTile.n % kRowStepB == 0, "loads divide evenly");
   static_assert(kRowStepA % 8 == 0 && kRowStepB % 8 == 0,
-                "a thread's rows differ in no bit that the swizzles use");
+                "a thread's rows differ in no bit that the swizzle uses");
+  static_assert(kStages >= 3, "a step is widened and another loaded while one is multiplied");
   static_assert(kSharedMemory <= 163 * 1024, "A100 gives a block 163 KiB");
 };
 
 // The chunk of a row at which chunk c lies is c ^ Swizzle(row): ldmatrix reads 8 rows at one
-// chunk, which must fall into 8 different groups of 4 banks. Rows of 64 bytes lie two to a
-// 128-byte line, so only every second one needs another value.
-template <int kRowBytes>
-__device__ constexpr int LdmatrixSwizzle(int row) {
-  return kRowBytes == 64 ? row / 2 % 4 : row % 8;
-}
-
-// A beside 8-bit weights is read by 8-byte loads, 32 contiguous bytes of 4 rows in each half
-// warp: swizzled in units of two chunks.
-__device__ constexpr int PairSwizzle(int row) { return row % 4 * 2; }
-
-template <typename T>
-__device__ constexpr int SwizzleA(int row) {
-  return T::kQuantized ? PairSwizzle(row) : LdmatrixSwizzle<T::kRowBytesA>(row);
-}
+// chunk, which must fall into 8 different groups of 4 banks.
+__device__ constexpr int Swizzle(int row) { return row % 8; }
 
 // The 16-row blocks of a tile go round among the warps along m, so that those of a partly filled
 // tile keep all of them busy: the rows of a warp's block m begin at this multiple of 16 rows, its

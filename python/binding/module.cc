@@ -88,16 +88,33 @@ size_t WorkspaceSize(const std::string& backend, const Problem& problem) {
   return PlanWorkspace(problem).bytes;
 }
 
-std::vector<int32_t> SupportedTactics(const std::string& name, const Problem& problem,
-                                      int32_t shared_memory_per_block) {
+std::vector<int32_t> FittingTactics(const std::string& name, const Problem& problem,
+                                    int32_t shared_memory_per_block, bool whole_layer) {
   const Backend& backend = FindBackend(name);
   const Device device = {1, shared_memory_per_block, shared_memory_per_block};
   std::vector<int32_t> fitting;
-  const auto count = static_cast<int32_t>(backend.Tactics(problem.weight_format).size());
-  for (int32_t i = 0; i < count; ++i) {
-    if (backend.Fits(i, problem.weight_format, device)) fitting.push_back(i);
+  const std::vector<Tactic>& tactics = backend.Tactics(problem.weight_format);
+  for (int32_t i = 0; i < static_cast<int32_t>(tactics.size()); ++i) {
+    if (tactics[i].whole_layer == whole_layer && backend.Fits(i, problem, device)) {
+      fitting.push_back(i);
+    }
   }
   return fitting;
+}
+
+std::vector<int32_t> SupportedTactics(const std::string& name, const Problem& problem,
+                                      int32_t shared_memory_per_block) {
+  return FittingTactics(name, problem, shared_memory_per_block, false);
+}
+
+std::vector<std::pair<int32_t, int32_t>> WholeLayerTactics(const std::string& name,
+                                                           const Problem& problem,
+                                                           int32_t shared_memory_per_block) {
+  std::vector<std::pair<int32_t, int32_t>> pairs;
+  for (const int32_t i : FittingTactics(name, problem, shared_memory_per_block, true)) {
+    pairs.emplace_back(i, i);
+  }
+  return pairs;
 }
 
 std::pair<int32_t, int32_t> ChooseTactics(const std::string& backend, const Problem& problem,
@@ -167,6 +184,7 @@ PYBIND11_MODULE(_C, m) {
 
   py::class_<Tactic>(m, "Tactic")
       .def_readonly("name", &Tactic::name)
+      .def_readonly("whole_layer", &Tactic::whole_layer)
       .def_readonly("tile_m", &Tactic::tile_m)
       .def_readonly("tile_n", &Tactic::tile_n)
       .def_readonly("tile_k", &Tactic::tile_k)
@@ -182,6 +200,8 @@ PYBIND11_MODULE(_C, m) {
       },
       py::arg("backend"), py::arg("weight_format") = 0);
   m.def("supported_tactics", &SupportedTactics, py::arg("backend"), py::arg("problem"),
+        py::arg("shared_memory_per_block"));
+  m.def("whole_layer_tactics", &WholeLayerTactics, py::arg("backend"), py::arg("problem"),
         py::arg("shared_memory_per_block"));
   m.def("choose_tactics", &ChooseTactics, py::arg("backend"), py::arg("problem"), py::kw_only(),
         py::arg("multiprocessors"), py::arg("shared_memory_per_block"),

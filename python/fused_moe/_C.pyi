@@ -36,10 +36,15 @@ class Problem:
     ) -> None: ...
 
 class Tactic:
-    """One way to run a matrix product; sizes in elements, shared_memory in bytes a block."""
+    """One way to run a matrix product; sizes in elements, shared_memory in bytes a block.
+
+    whole_layer: it runs both products, and all else, in one launch.
+    """
 
     @property
     def name(self) -> str: ...
+    @property
+    def whole_layer(self) -> bool: ...
     @property
     def tile_m(self) -> int: ...
     @property
@@ -60,7 +65,12 @@ def tactics(backend: str, weight_format: int = 0) -> list[Tactic]:
     """All tactics for a format of weights; their order is the numbering used elsewhere."""
 
 def supported_tactics(backend: str, problem: Problem, shared_memory_per_block: int) -> list[int]:
-    """The tactics that can run `problem` within the shared memory of a block."""
+    """The tactics that can run a GEMM of `problem` within the shared memory of a block."""
+
+def whole_layer_tactics(
+    backend: str, problem: Problem, shared_memory_per_block: int
+) -> list[tuple[int, int]]:
+    """The pairs for `run` that do the whole layer in one launch; [] beyond a few tokens."""
 
 def choose_tactics(
     backend: str,

@@ -1,0 +1,33 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The kernels for whole layers, as numbers.
+
+#ifndef KERNELS_SM80_DECODE_KERNELS_H_
+#define KERNELS_SM80_DECODE_KERNELS_H_
+
+namespace moe::sm80 {
+
+inline constexpr int kDecodeThreads = 512;
+inline constexpr int kDecodeMaxSlots = 2048;
+
+// Tokens that a pass over an expert's weights serves, in blocks of 8: an expert with more is
+// passed over again. One kernel each.
+inline constexpr int kDecodeTokenBlocks[] = {1, 2};
+inline constexpr int kNumDecodeKernels = 2;
+
+// The sums of a block's warps, twice: [2 blocks of 16 rows][tokens][16 rows and 4 to spread them
+// over the banks] of float32.
+inline constexpr int kDecodePitch = 20;
+constexpr int DecodeSumBytes(int token_blocks) {
+  return 2 * (kDecodeThreads / 32) * 2 * 8 * token_blocks * kDecodePitch * 4;
+}
+
+// Of a block, in bytes: the sums and the lists of decode_route.cuh.
+constexpr int DecodeSharedMemory(int token_blocks, int num_experts) {
+  return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2 +
+         num_experts * 4;
+}
+
+}  // namespace moe::sm80
+
+#endif  // KERNELS_SM80_DECODE_KERNELS_H_

@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The whole layer in one cooperative launch, for few tokens: each step of the usual four would
+// take about as long to start and to drain as to run. Compiled once for each
+//
+//     MOE_DTYPE    kFloat16 or kBFloat16
+//     MOE_WEIGHTS  a WeightKind
+//
+//   route      every block for itself                       (decode_route.cuh)
+//   GEMM 1     all blocks, units of 32 weight rows          (decode_gemm.cuh)
+//   -- grid barrier; GEMM 2's first weights are loaded before it --
+//   GEMM 2     likewise; the rows of its output are slots
+//   -- grid barrier --
+//   finalize   each token's slots, added in order
+//
+// One block a multiprocessor, so that the launch may be cooperative wherever the chip is free.
+
+#include <cooperative_groups.h>
+
+#include "kernels/common/numeric.cuh"
+#include "kernels/sm80/decode.h"
+#include "kernels/sm80/decode_gemm.cuh"
+#include "kernels/sm80/decode_route.cuh"
+#include "kernels/sm80/shared_memory.h"
+#include "moe/problem.h"
+
+namespace moe::sm80 {
+namespace {
+
+// Eight columns of a token a thread.
+constexpr int kRowsInFlight = 8;  // independent loads of a thread
+template <typename Pair>
+__device__ void Finalize(const DecodeLayer& layer) {
+  const GroupedGemm& gemm = layer.gemm[1];
+  const int vectors = gemm.columns / 8;
+  const int top_k = layer.gemm[0].top_k;
+#pragma unroll 1
+  for (int i = blockIdx.x * kDecodeThreads + threadIdx.x; i < layer.num_tokens * vectors;
+       i += gridDim.x * kDecodeThreads) {
+    const int token = i / vectors;
+    float2 sum[4] = {};
+#pragma unroll 1
+    for (int j0 = 0; j0 < top_k; j0 += kRowsInFlight) {
+      uint4 loaded[kRowsInFlight];
+      bool present[kRowsInFlight];
+#pragma unroll
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        const int slot = token * top_k + j0 + j;
+        present[j] = j0 + j < top_k && LocalExpert(layer, slot) >= 0;
+        // Written by other multiprocessors: from L2.
+        if (present[j]) {
+          loaded[j] = __ldcg(static_cast<const uint4*>(gemm.out) +
+                             static_cast<int64_t>(slot) * vectors + (i - token * vectors));
+        }
+      }
+#pragma unroll
+      for (int j = 0; j < kRowsInFlight; ++j) {
+        if (!present[j]) continue;
+        const uint32_t words[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
+#pragma unroll
+        for (int c = 0; c < 4; ++c) {
+          const float2 v = ToFloat2(reinterpret_cast<const Pair&>(words[c]));
+          sum[c].x += v.x;
+          sum[c].y += v.y;
+        }
+      }
+    }
+    uint32_t words[4];
+#pragma unroll
+    for (int c = 0; c < 4; ++c) words[c] = PackPair(sum[c].x, sum[c].y, gemm.out_dtype);
+    static_cast<uint4*>(layer.output)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+  }
+}
+
+template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated>
+__global__ void __launch_bounds__(kDecodeThreads, 1)
+    DecodeLayerKernel(const __grid_constant__ DecodeLayer layer, const uint32_t weight_flip) {
+  using Gemm1 = DecodeGemm<Element, kKind, kTokenBlocks, kGated>;
+  using Gemm2 = DecodeGemm<Element, kKind, kTokenBlocks, false>;
+  const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
+
+  const int num_passes = Route<kTokenBlocks>(layer);
+  {
+    Gemm1 gemm(layer.gemm[0], num_passes, weight_flip);
+    gemm.Prime();
+    gemm.Run();
+  }
+  {
+    Gemm2 gemm(layer.gemm[1], num_passes, weight_flip);
+    gemm.Prime();
+    grid.sync();
+    gemm.Run();
+  }
+  grid.sync();
+  if (layer.gemm[1].out_dtype == DType::kFloat16) {
+    Finalize<__half2>(layer);
+  } else {
+    Finalize<__nv_bfloat162>(layer);
+  }
+}
+
+template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated>
+cudaError_t Launch(const DecodeLayer& layer, int blocks, cudaStream_t stream) {
+  constexpr auto* kKernel = DecodeLayerKernel<Element, kKind, kTokenBlocks, kGated>;
+  const cudaError_t status =
+      AllowSharedMemory<kKernel>(DecodeSharedMemory(kTokenBlocks, kMaxLocalExperts));
+  if (status != cudaSuccess) return status;
+  uint32_t weight_flip = WeightFlip(layer.gemm[0].dtype, layer.gemm[0].weight_format);
+  void* arguments[] = {const_cast<DecodeLayer*>(&layer), &weight_flip};
+  return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks),
+                                     dim3(kDecodeThreads), arguments,
+                                     DecodeSharedMemory(kTokenBlocks, layer.num_experts), stream);
+}
+
+template <DType kDType>
+using ElementOf = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfloat16>;
+
+}  // namespace
+
+template <DType kDType, WeightKind kKind>
+cudaError_t LaunchDecodeLayer(int kernel, const DecodeLayer& layer, int blocks,
+                              cudaStream_t stream) {
+  using Element = ElementOf<kDType>;
+  static_assert(kNumDecodeKernels == 2, "one line for each");
+  if (IsGated(layer.gemm[0].activation)) {
+    return kernel == 0 ? Launch<Element, kKind, kDecodeTokenBlocks[0], true>(layer, blocks, stream)
+                       : Launch<Element, kKind, kDecodeTokenBlocks[1], true>(layer, blocks, stream);
+  }
+  return kernel == 0 ? Launch<Element, kKind, kDecodeTokenBlocks[0], false>(layer, blocks, stream)
+                     : Launch<Element, kKind, kDecodeTokenBlocks[1], false>(layer, blocks, stream);
+}
+
+template cudaError_t LaunchDecodeLayer<DType::MOE_DTYPE, WeightKind::MOE_WEIGHTS>(
+    int, const DecodeLayer&, int, cudaStream_t);
+
+}  // namespace moe::sm80

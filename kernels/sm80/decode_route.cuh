@@ -1,0 +1,142 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Routing inside a block: every block sorts the few slots for itself, in shared memory, and so
+// waits for no other. What blocks share has slots for its rows; all that they must agree on is
+// which slots of an expert belong to which of its passes.
+
+#ifndef KERNELS_SM80_DECODE_ROUTE_CUH_
+#define KERNELS_SM80_DECODE_ROUTE_CUH_
+
+#include <cstdint>
+
+#include "kernels/sm80/decode.h"
+
+namespace moe::sm80 {
+
+extern __shared__ __align__(16) char decode_shared[];
+
+// Where everything lies in it: at addresses known to the compiler, which take no registers.
+template <int kTokenBlocks>
+struct DecodeShared {
+  // Sums of all warps, twice.
+  __device__ static float* Sums() { return reinterpret_cast<float*>(decode_shared); }
+  // The passes: each is for the slots from its first to the next one's. One entry more marks the end.
+  struct Pass {
+    uint16_t expert;
+    uint16_t first_slot;  // in Slots()
+  };
+  __device__ static Pass* Passes() {
+    return reinterpret_cast<Pass*>(decode_shared + DecodeSumBytes(kTokenBlocks));
+  }
+  // [slots] by expert.
+  __device__ static uint16_t* Slots() {
+    return reinterpret_cast<uint16_t*>(Passes() + kDecodeMaxSlots + 2);
+  }
+  // [experts]: first slot and, in the lower half, number of slots.
+  __device__ static uint32_t* Experts() {
+    return reinterpret_cast<uint32_t*>(Slots() + kDecodeMaxSlots);
+  }
+};
+
+__device__ inline int32_t LocalExpert(const DecodeLayer& layer, int slot) {
+  // Unsigned, since an id may be any int32.
+  const uint32_t expert =
+      static_cast<uint32_t>(layer.experts[slot]) - static_cast<uint32_t>(layer.first_expert);
+  return expert < static_cast<uint32_t>(layer.num_experts) ? static_cast<int32_t>(expert) : -1;
+}
+
+// By the whole block. Returns the number of passes.
+template <int kTokenBlocks>
+__device__ int Route(const DecodeLayer& layer) {
+  using Shared = DecodeShared<kTokenBlocks>;
+  constexpr uint32_t kPassSlots = 8 * kTokenBlocks;
+  constexpr int kWarps = kDecodeThreads / 32;
+  constexpr int kSlotsPerThread = kDecodeMaxSlots / kDecodeThreads;
+  __shared__ uint32_t warp_sums[kWarps];
+  const int num_slots = layer.num_tokens * layer.gemm[0].top_k;
+
+  for (int e = threadIdx.x; e < layer.num_experts; e += kDecodeThreads) Shared::Experts()[e] = 0;
+  int32_t expert[kSlotsPerThread];
+#pragma unroll
+  for (int i = 0; i < kSlotsPerThread; ++i) {
+    const int slot = threadIdx.x + i * kDecodeThreads;
+    expert[i] = slot < num_slots ? LocalExpert(layer, slot) : -1;
+  }
+  __syncthreads();
+  uint32_t place[kSlotsPerThread];
+#pragma unroll
+  for (int i = 0; i < kSlotsPerThread; ++i) {
+    if (expert[i] >= 0) place[i] = atomicAdd(&Shared::Experts()[expert[i]], 1u);
+  }
+  __syncthreads();
+
+  // Exclusive sums over the experts of (slots, passes), packed: neither passes 2^16.
+  const int lane = threadIdx.x % 32;
+  const int warp = threadIdx.x / 32;
+  uint32_t carry = 0;
+#pragma unroll 1
+  for (int e0 = 0; e0 < layer.num_experts; e0 += kDecodeThreads) {
+    const int e = e0 + threadIdx.x;
+    const uint32_t count = e < layer.num_experts ? Shared::Experts()[e] : 0;
+    const uint32_t passes = (count + kPassSlots - 1) / kPassSlots;
+    const uint32_t own = count << 16 | passes;
+    uint32_t sum = own;
+#pragma unroll
+    for (int delta = 1; delta < 32; delta *= 2) {
+      const uint32_t below = __shfl_up_sync(0xffffffffu, sum, delta);
+      if (lane >= delta) sum += below;
+    }
+    if (lane == 31) warp_sums[warp] = sum;
+    __syncthreads();
+    uint32_t before = carry + sum - own;
+#pragma unroll 4
+    for (int w = 0; w < kWarps; ++w) {
+      if (w < warp) before += warp_sums[w];
+      carry += warp_sums[w];
+    }
+    const uint32_t first = before >> 16;
+#pragma unroll 1
+    for (uint32_t p = 0; p < passes; ++p) {
+      Shared::Passes()[(before & 0xffff) + p] = {static_cast<uint16_t>(e),
+                                                 static_cast<uint16_t>(first + p * kPassSlots)};
+    }
+    if (e < layer.num_experts) Shared::Experts()[e] = first << 16 | count;
+    __syncthreads();  // before warp_sums is written again, and for the readers of Experts()
+  }
+  const int num_passes = static_cast<int>(carry & 0xffff);
+  if (threadIdx.x == 0) Shared::Passes()[num_passes] = {0, static_cast<uint16_t>(carry >> 16)};
+#pragma unroll
+  for (int i = 0; i < kSlotsPerThread; ++i) {
+    if (expert[i] < 0) continue;
+    Shared::Slots()[(Shared::Experts()[expert[i]] >> 16) + place[i]] =
+        static_cast<uint16_t>(threadIdx.x + i * kDecodeThreads);
+  }
+  __syncthreads();
+  // The atomics have put an expert's slots into any order. Where they take several passes, they are
+  // put into theirs.
+#pragma unroll
+  for (int i = 0; i < kSlotsPerThread; ++i) {
+    if (expert[i] < 0) continue;
+    const uint32_t first = Shared::Experts()[expert[i]] >> 16;
+    const uint32_t count = Shared::Experts()[expert[i]] & 0xffff;
+    if (count <= kPassSlots) continue;
+    place[i] = 0;
+#pragma unroll 1
+    for (uint32_t j = 0; j < count; ++j) {
+      place[i] += Shared::Slots()[first + j] < threadIdx.x + i * kDecodeThreads ? 1 : 0;
+    }
+  }
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < kSlotsPerThread; ++i) {
+    if (expert[i] < 0) continue;
+    Shared::Slots()[(Shared::Experts()[expert[i]] >> 16) + place[i]] =
+        static_cast<uint16_t>(threadIdx.x + i * kDecodeThreads);
+  }
+  __syncthreads();
+  return num_passes;
+}
+
+}  // namespace moe::sm80
+
+#endif  // KERNELS_SM80_DECODE_ROUTE_CUH_

@@ -1,0 +1,26 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The instructions of the tensor cores and what feeds them.
+
+#ifndef KERNELS_SM80_MMA_CUH_
+#define KERNELS_SM80_MMA_CUH_
+
+#include <cstdint>
+#include <cute/arch/copy_sm75.hpp>
+#include <cute/arch/mma_sm80.hpp>
+#include <type_traits>
+
+namespace moe::sm80 {
+
+template <typename Element>
+using Mma = std::conditional_t<std::is_same_v<Element, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
+                               cute::SM80_16x8x16_F32BF16BF16F32_TN>;
+
+__device__ inline void Ldmatrix4(const char* shared, uint32_t (&r)[4]) {
+  cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared), r[0], r[1], r[2],
+                                r[3]);
+}
+
+}  // namespace moe::sm80
+
+#endif  // KERNELS_SM80_MMA_CUH_
