@@ -3,8 +3,9 @@
 
 sm80 means code for sm_80 and the PTX of compute_80, which newer chips compile for themselves;
 sm80_on_sm90 means the same kernels as code for sm_90. Every GEMM kernel multiplies with the
-tensor cores (HMMA) and fills shared memory by cp.async (LDGSTS), and no kernel of the extension
-keeps anything in local memory, which is where spilled registers go.
+tensor cores (HMMA) and fills shared memory by cp.async (LDGSTS), the kernels for few tokens do
+without shared memory, and no kernel of the extension keeps anything in local memory, which is where
+spilled registers go.
 """
 
 from __future__ import annotations
@@ -28,8 +29,12 @@ pytestmark = pytest.mark.skipif(
     reason="this build has no sm80 kernels (--config=cpu): no machine code to look at",
 )
 
-# What a GEMM kernel's mangled name holds.
+# What a kernel's mangled name holds: a GEMM in tiles, and the whole layer for few tokens.
 _GEMM = "GroupedGemmKernel"
+_DECODE = "DecodeLayerKernel"
+
+# Kernels of a tactic: two dtypes, four kinds of weights, with a gate and without.
+_PER_TACTIC = 2 * 4 * 2
 
 
 def _tool() -> str:
@@ -130,11 +135,18 @@ def test_sm80_code_comes_with_its_ptx() -> None:
 
 
 def test_every_tactic_has_its_kernels() -> None:
-    """Two dtypes and two kinds of weights for each tile, at least."""
     assert extension.C is not None
-    kernels = [kernel for kernel in resources() if _GEMM in kernel.name]
-    per_tactic = 2 * 2
-    assert len(kernels) >= per_tactic * len(extension.C.tactics("sm80"))
+    tactics = extension.C.tactics("sm80")
+    for name, whole_layer in ((_GEMM, False), (_DECODE, True)):
+        found = [kernel for kernel in resources() if name in kernel.name]
+        wanted = sum(tactic.whole_layer == whole_layer for tactic in tactics)
+        assert len(found) == wanted * _PER_TACTIC * len(expected_architectures()), name
+
+
+def test_the_extension_is_small() -> None:
+    assert extension.C is not None and extension.C.__file__
+    megabytes = os.path.getsize(extension.C.__file__) / 1e6
+    assert megabytes < 40 * len(expected_architectures()), f"{megabytes:.1f} MB"
 
 
 def test_no_kernel_has_local_memory() -> None:
@@ -164,3 +176,13 @@ def test_every_gemm_uses_tensor_cores_and_asynchronous_copies() -> None:
         assert count["LDSM"] >= 1, f"{key}: no LDSM, the matrix load from shared memory"
         # A Hopper instruction in code made for Ampere would mean that it was not.
         assert not count["HGMMA"] and not count["UTMALDG"], key
+
+
+def test_few_tokens_stream_weights_into_registers() -> None:
+    """HMMA on what LDG brings in 16 bytes; no copy of the weights in shared memory."""
+    layers = {key: count for key, count in opcodes().items() if _DECODE in key[1]}
+    assert layers
+    for key, count in layers.items():
+        assert count["HMMA"] >= 8, f"{key}: {count['HMMA']} HMMA instructions"
+        assert count["LDG"] >= 8, f"{key}: {count['LDG']} LDG instructions"
+        assert not count["LDGSTS"] and not count["LDSM"], key

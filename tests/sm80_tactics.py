@@ -75,9 +75,9 @@ def tactics_for(weights: str) -> list[Any]:
 
 def whole_layer_pairs(case: Case, shared_memory_per_block: int) -> list[tuple[int, int]]:
     """The pairs that run both products in one launch, which only work together."""
-    pairs: list[tuple[int, int]] = []
-    if hasattr(C, "whole_layer_tactics"):
-        pairs = C.whole_layer_tactics("sm80", problem_of(case), shared_memory_per_block)
+    pairs: list[tuple[int, int]] = C.whole_layer_tactics(
+        "sm80", problem_of(case), shared_memory_per_block
+    )
     return pairs
 
 
@@ -138,7 +138,7 @@ def test_the_extension_has_the_sm80_backend(weights: str) -> None:
     tactics = tactics_for(weights)
     assert len({tactic.name for tactic in tactics}) == len(tactics) > 0
     for tactic in tactics:
-        if getattr(tactic, "whole_layer", False):
+        if tactic.whole_layer:
             assert tactic.tile_m % 8 == 0 and tactic.threads % 32 == 0
             continue
         assert tactic.tile_m % 16 == 0 and tactic.tile_n % 8 == 0 and tactic.tile_k % 16 == 0
