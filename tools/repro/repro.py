@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 import os
 import pathlib
+import re
 import shutil
 import subprocess
 import sys
@@ -62,24 +63,29 @@ def bazel(tree: pathlib.Path, output_base: pathlib.Path, *arguments: str) -> str
 def outputs(
     tree: pathlib.Path, output_base: pathlib.Path, options: list[str], targets: list[str]
 ) -> dict[str, str]:
-    """Builds `targets` and returns the SHA-256 of each of their files, by path."""
+    """Builds `targets` and returns the SHA-256 of each of their files, by path.
+
+    Raises:
+        SystemExit: a target has no file that could be compared, or does not build.
+    """
     # No cache that both builds could share.
     options = [*options, "--disk_cache=", "--remote_cache=", "--noshow_progress"]
     bazel(tree, output_base, "build", *options, "--", *targets)
-    # Every version of Bazel can list the outputs of these targets' own actions this way.
-    text = bazel(tree, output_base, "aquery", *options, " + ".join(targets))
     root = pathlib.Path(bazel(tree, output_base, "info", "execution_root").strip())
     found = {}
-    for line in text.splitlines():
-        line = line.strip()
-        if line.startswith("Outputs: ["):
-            for name in line.removeprefix("Outputs: [").removesuffix("]").split(", "):
-                path = root / name
-                # A wheel lies in a folder that is the target's output.
-                for file in path.rglob("*") if path.is_dir() else [path]:
-                    if file.suffix in COMPARED and file.is_file():
-                        content = file.read_bytes()
-                        found[str(file.relative_to(root))] = hashlib.sha256(content).hexdigest()
+    for target in targets:
+        # Every version of Bazel can list the outputs of a target's own actions this way.
+        text = bazel(tree, output_base, "aquery", *options, target)
+        lists = re.findall(r"^ *Outputs: \[(.*)\]$", text, re.MULTILINE)
+        paths = [root / name.split(" (")[0] for names in lists for name in names.split(", ")]
+        # A wheel lies in a folder that is the target's output, a "(TreeArtifact)".
+        files = [f for path in paths for f in (path.rglob("*") if path.is_dir() else [path])]
+        files = [file for file in files if file.suffix in COMPARED and file.is_file()]
+        if not files:
+            raise SystemExit(f"repro: {target} has none of {', '.join(COMPARED)} to compare")
+        for file in files:
+            name = str(file.relative_to(root))
+            found[name] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 
 
@@ -114,8 +120,6 @@ def main() -> None:
                 # Bazel leaves read-only folders.
                 subprocess.run(["chmod", "-R", "u+w", str(output_base)], check=False)
             results.append(found)
-    if not results[0]:
-        raise SystemExit("repro: the targets have no object, library or archive to compare")
     different = compare(*results)
     print(f"{len(results[0])} files built twice, {different} of them different")
     sys.exit(1 if different else 0)
