@@ -133,7 +133,7 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
 
   if (all[tactics.gemm1].whole_layer) {
     Check(backend.LaunchLayer(tactics.gemm1, problem, gemms, arguments.experts, arguments.output,
-                              device, stream),
+                              ints(plan.num_row_tiles), device, stream),
           "the layer");
     return;
   }

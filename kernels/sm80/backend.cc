@@ -86,8 +86,8 @@ class Sm80Backend final : public Backend {
   }
 
   cudaError_t LaunchLayer(int32_t tactic, const Problem& problem, const GroupedGemm (&gemms)[2],
-                          const int32_t* experts, void* output, const Device& device,
-                          cudaStream_t stream) const override {
+                          const int32_t* experts, void* output, int32_t* counters,
+                          const Device& device, cudaStream_t stream) const override {
     DecodeLayer layer;
     layer.gemm[0] = gemms[0];
     layer.gemm[1] = gemms[1];
@@ -96,6 +96,7 @@ class Sm80Backend final : public Backend {
     layer.first_expert = problem.first_local_expert;
     layer.num_experts = problem.num_local_experts;
     layer.output = output;
+    layer.counters = counters;
     return kLayers(problem.dtype, KindOf(problem.weight_format))(tactic - kNumTiles, layer,
                                                                  device.multiprocessors, stream);
   }

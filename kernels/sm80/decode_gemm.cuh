@@ -60,30 +60,56 @@ class DecodeGemm {
   static constexpr int kWarpSums = 2 * kTokens * kDecodePitch;
   static_assert(2 * kWarps * kWarpSums * 4 == DecodeSumBytes(kTokenBlocks), "two of each warp's");
 
-  __device__ DecodeGemm(const GroupedGemm& gemm, int num_passes, uint32_t weight_flip)
-      : gemm_(gemm), weight_flip_(weight_flip) {
+  // `counter` counts the units handed out; it must be 0 when Run() begins.
+  __device__ DecodeGemm(const GroupedGemm& gemm, int num_passes, int32_t* counter,
+                        uint32_t weight_flip)
+      : gemm_(gemm), counter_(counter), weight_flip_(weight_flip) {
     chunks_ = (gemm.k + kChunk - 1) / kChunk;
     column_units_ = (gemm.columns + kColumns - 1) / kColumns;
     units_ = num_passes * column_units_;
     ChooseSlices();
     load_unit_ = FirstUnit();
+    next_unit_ = FirstUnit() + Workers();
     BeginLoads();
+  }
+
+  // Whether units are handed out as groups come for them. Multiprocessors with the same work end 5
+  // to 10% apart, which we put down to the ports of the crossbar that they share. Not where a group
+  // has two units at most, nor where a unit is a single batch: the loads are too far ahead then.
+  __device__ bool HandsOut() const {
+    return units_ > 2 * Workers() && chunks_ > (kDepth + 1) * Slices();
   }
 
   // Starts the first loads of weights, which depend on nothing that a kernel before has written.
   __device__ __forceinline__ void Prime() { LoadBatch<0>(); }
 
   __device__ __forceinline__ void Run() {
+    // Of each group, twice: the unit after the next one.
+    __shared__ int handed_out[2][kWarps];
     int buffer = 0;
+    int unit = FirstUnit();
 #pragma unroll 1
-    for (int unit = FirstUnit(); unit < units_; unit += Workers()) {
+    while (unit < units_) {
+      int after_next = 0;
+      if (HandsOut() && Slice() == 0 && threadIdx.x % 32 == 0) {
+        after_next = 2 * Workers() + atomicAdd(counter_, 1);
+      }
       BeginTokens(GetPass(unit / column_units_));
       float acc[2][kTokenBlocks][4] = {};
 #pragma unroll 1
       for (int chunk = Slice(); chunk < chunks_; chunk += kDepth * Slices()) {
         MultiplyBatch<0>(chunk, acc);
       }
+      if (HandsOut() && Slice() == 0 && threadIdx.x % 32 == 0) {
+        handed_out[buffer][Group()] = after_next;
+      }
       Finish(unit, buffer, acc);
+      if (HandsOut()) {
+        unit = load_unit_;  // which the last batch has moved to
+        next_unit_ = handed_out[buffer][Group()];
+      } else {
+        unit += Workers();
+      }
       buffer ^= 1;
     }
   }
@@ -199,7 +225,8 @@ class DecodeGemm {
   // At the end of a batch.
   __device__ __forceinline__ void EndLoads() {
     if (load_chunk_ >= chunks_) {
-      load_unit_ += Workers();
+      load_unit_ = next_unit_;
+      if (!HandsOut()) next_unit_ += Workers();
       BeginLoads();
     }
   }
@@ -346,6 +373,7 @@ class DecodeGemm {
   }
 
   const GroupedGemm& gemm_;
+  int32_t* counter_;
   uint32_t weight_flip_;
   int slices_log2_;
   int chunks_;
@@ -354,6 +382,7 @@ class DecodeGemm {
   Raw ring_[kDepth];
   // Where the loads are.
   int load_unit_;
+  int next_unit_;
   int load_chunk_;
   const char* row_;          // the lane's 16 bytes of its first row
   uint32_t to_row_[3] = {};  // how many rows its others are further on

@@ -7,6 +7,7 @@
 //     MOE_WEIGHTS  a WeightKind
 //
 //   route      every block for itself                       (decode_route.cuh)
+//   -- grid barrier, if units are handed out; GEMM 1's first weights are loaded before it --
 //   GEMM 1     all blocks, units of 32 weight rows          (decode_gemm.cuh)
 //   -- grid barrier; GEMM 2's first weights are loaded before it --
 //   GEMM 2     likewise; the rows of its output are slots
@@ -79,14 +80,16 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   using Gemm2 = DecodeGemm<Element, kKind, kTokenBlocks, false>;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
 
+  if (blockIdx.x == 0 && threadIdx.x < 2) layer.counters[threadIdx.x] = 0;
   const int num_passes = Route<kTokenBlocks>(layer);
   {
-    Gemm1 gemm(layer.gemm[0], num_passes, weight_flip);
+    Gemm1 gemm(layer.gemm[0], num_passes, layer.counters, weight_flip);
     gemm.Prime();
+    if (gemm.HandsOut()) grid.sync();  // the counters are 0 behind it
     gemm.Run();
   }
   {
-    Gemm2 gemm(layer.gemm[1], num_passes, weight_flip);
+    Gemm2 gemm(layer.gemm[1], num_passes, layer.counters + 1, weight_flip);
     gemm.Prime();
     grid.sync();
     gemm.Run();
