@@ -226,13 +226,19 @@ class Layer:
             None if self.scales is None else self.scales[picked],
             self.fc1,
             self.fc2,
-            self.quant_scales,
+            self.meant_scales(),
             **weight_flags(self.case),
             **self.optional,
             tp_rank=self.case.tp_rank,
             ep_rank=self.case.ep_rank,
             activation_type=self.case.activation,
         )
+
+    def meant_scales(self) -> list[torch.Tensor]:
+        """quant_scales as the kernels are documented to take them: INT4's in the input's dtype."""
+        if not self.case.weights.startswith("int4"):
+            return self.quant_scales
+        return [scale.to(self.input.dtype).float() for scale in self.quant_scales]
 
     def workspace_bytes(self) -> int:
         """What the public query says."""

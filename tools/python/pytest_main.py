@@ -65,6 +65,9 @@ def main() -> int:
         if REQUIRE_GPU and not has_gpu():  # said once, not for each of a thousand cases
             print("MOE_REQUIRE_GPU=1 (--config=gpu), yet torch.cuda.is_available() is False")
             return 1
+    if folder := os.environ.get("TEST_TMPDIR"):
+        # Compilers that PyTorch calls keep caches under HOME, which a sandbox leaves out.
+        os.environ.setdefault("HOME", folder)
     arguments = ["-q", "-ra", "--color=no", "-p", "no:cacheprovider", "--import-mode=importlib"]
     arguments += ["-o", "junit_family=xunit2", "-o", "junit_logging=no"]
     if report := os.environ.get("XML_OUTPUT_FILE"):
