@@ -79,8 +79,8 @@ def cutlass_fused_moe(
             or I] and [E_l, H], both float32 or both of input's dtype; a weight is q * scale.
             For INT4 the same with one scale for each group of g neighbours in a row, [E_l, 2I
             or I, H / g] and [E_l, H, I / g]: g, 32, 64 or 128, is read off these shapes; kernels
-            round these scales to the dtype of input. For MXFP4 g is 32 and a scale is E8M0, uint8 s or float8_e8m0fnu, which means
-            2^(s - 127).
+            round these scales to the dtype of input. For MXFP4 g is 32 and a scale is E8M0,
+            uint8 s or float8_e8m0fnu, which means 2^(s - 127).
         fc1_expert_biases: [E_l, 2I or I] output_dtype; either bias may be given alone.
         fc2_expert_biases: [E_l, H] output_dtype; added where tp_rank is 0, so that the sum over
             ranks holds it once.
