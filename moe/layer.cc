@@ -16,6 +16,7 @@ namespace {
 
 void Check(cudaError_t status, const char* step) {
   if (status == cudaSuccess) return;
+  cudaGetLastError();  // which the next launch of this thread would report once more
   throw std::runtime_error(std::string("cutlass_fused_moe: ") + step + " failed: " +
                            cudaGetErrorName(status) + " (" + cudaGetErrorString(status) + ")");
 }
@@ -76,6 +77,20 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
                                 std::to_string(problem.num_local_experts) +
                                 " experts, must be at most " + std::to_string(kMaxLocalExperts) +
                                 " a rank; spread them over more expert-parallel ranks");
+  }
+  if (problem.group_size > 0) {
+    // Kernels count the scales of a weight tensor in 32 bits.
+    const int64_t rows[] = {problem.fc1_rows(), problem.hidden_size};
+    const int64_t depth[] = {problem.hidden_size, problem.intermediate_size};
+    for (int i = 0; i < 2; ++i) {
+      const int64_t scales = problem.num_local_experts * rows[i] * (depth[i] / problem.group_size);
+      if (scales > std::numeric_limits<uint32_t>::max()) {
+        throw std::invalid_argument("quant_scales[" + std::to_string(i) + "]: got " +
+                                    std::to_string(scales) +
+                                    " scales, must be below 2^32; spread the experts over more "
+                                    "expert-parallel ranks");
+      }
+    }
   }
   const WorkspacePlan plan = PlanWorkspace(problem);
   if (arguments.workspace_bytes < plan.bytes) {

@@ -130,6 +130,8 @@ def test_e8m0_scales(dtype: torch.dtype) -> None:
     assert values[:255].tolist() == [2.0 ** (s - 127) for s in range(255)]
     same = dequantize_mxfp4(packed, scale.view(torch.float8_e8m0fnu), dtype)[0, :, 0]
     assert torch.equal(same[:255], values[:255])
+    plain = dequantize(packed[0], scale[0], dtype, mxfp4=True)[:, 0]
+    assert plain[255].isnan() and torch.equal(plain[:255], values[:255])
 
 
 def test_mxfp4_by_hand() -> None:

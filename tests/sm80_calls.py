@@ -308,6 +308,20 @@ def test_scales_of_every_size(tokens: int) -> None:
             check(layer, layer.run())
 
 
+@pytest.mark.parametrize("tokens", [1, 300])
+def test_a_scale_that_is_not_a_number_shows(tokens: int) -> None:
+    """E8M0's 255 in one group of fc2: that column is NaN for the tokens of its expert alone."""
+    require_sm80()
+    case = dataclasses.replace(_SMALL, intermediate=256, tokens=tokens, weights="mxfp4")
+    with realized(case) as layer:
+        expert = int(layer.ids[0, 0])
+        layer.quant_scales[1][expert, 5, 3] = 255
+        out = layer.run()
+        hit = (layer.ids == expert).any(dim=1)
+        assert out[hit, 5].isnan().all() and not out[~hit].isnan().any()
+        assert not out[:, :5].isnan().any() and not out[:, 6:].isnan().any()
+
+
 @pytest.mark.parametrize("weights", ["int8", "uint8", "int4_32", "int4_64", "int4_128"])
 @pytest.mark.parametrize("tokens", [1, 300])
 def test_scales_may_be_negative(tokens: int, weights: str) -> None:

@@ -179,7 +179,10 @@ __device__ inline void GroupScales(const uint32_t (&bits)[kCount], DType dtype,
     // 2^(bits - 127): an E8M0 number is the exponent field of a float32.
     constexpr float kShift = kHalf ? 1024.0f : 19807040628566084398385987584.0f;  // 2^10, 2^94
 #pragma unroll
-    for (int i = 0; i < kCount; ++i) scale[i] = __uint_as_float(bits[i] << 23) * kShift;
+    for (int i = 0; i < kCount; ++i) {
+      // Of which 255 is infinity, where E8M0 has its NaN.
+      scale[i] = __uint_as_float(bits[i] == 255 ? 0x7fffffffu : bits[i] << 23) * kShift;
+    }
   } else if (dtype == DType::kFloat16) {
 #pragma unroll
     for (int i = 0; i < kCount; ++i) {

@@ -123,7 +123,7 @@ class Sm80Backend final : public Backend {
       tactic.tile_n = 32;
       tactic.tile_k = 4 * 128 / WeightBits(kind);
       tactic.threads = kDecodeThreads;
-      tactic.shared_memory = DecodeSharedMemory(token_blocks, 0);
+      tactic.shared_memory = DecodeSharedMemory(token_blocks);
       tactics.push_back(tactic);
     }
     return tactics;

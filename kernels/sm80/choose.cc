@@ -29,6 +29,8 @@ namespace {
 
 constexpr Device kFittedOn = {132, 232448, 233472};
 
+constexpr int kReserved = 1024;  // the driver takes 1 KiB of shared memory a block
+
 struct Cost {
   double step;       // us a k step
   double block;      // us a k step and 16-row block that holds rows
@@ -139,7 +141,6 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
 }  // namespace
 
 int ResidentBlocks(int tile, WeightKind kind, const Device& device) {
-  constexpr int kReserved = 1024;  // the driver takes 1 KiB of shared memory a block
   const int bytes = kTiles[tile].shared_memory(kind);
   if (bytes > device.shared_memory_per_block) return 0;
   return std::clamp(device.shared_memory_per_multiprocessor / (bytes + kReserved), 1,
@@ -191,7 +192,7 @@ double DecodeMicroseconds(int kernel, const Problem& problem, const Device& devi
 
 bool DecodeFits(int kernel, const Problem& problem, const Device& device) {
   return problem.num_slots() <= kDecodeMaxSlots &&
-         DecodeSharedMemory(kDecodeTokenBlocks[kernel], problem.num_local_experts) <=
+         DecodeSharedMemory(kDecodeTokenBlocks[kernel]) + kReserved <=
              device.shared_memory_per_block;
 }
 

@@ -5,6 +5,8 @@
 #ifndef KERNELS_SM80_DECODE_KERNELS_H_
 #define KERNELS_SM80_DECODE_KERNELS_H_
 
+#include "moe/problem.h"
+
 namespace moe::sm80 {
 
 inline constexpr int kDecodeThreads = 512;
@@ -22,11 +24,15 @@ constexpr int DecodeSumBytes(int token_blocks) {
   return 2 * (kDecodeThreads / 32) * 2 * 8 * token_blocks * kDecodePitch * 4;
 }
 
-// Of a block, in bytes: the sums and the lists of decode_route.cuh.
-constexpr int DecodeSharedMemory(int token_blocks, int num_experts) {
-  return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2 +
-         num_experts * 4;
+// Of a block, in bytes: the sums and the lists of decode_route.cuh. The table of experts, which only
+// routing uses, lies where the sums come later.
+constexpr int DecodeSharedMemory(int token_blocks) {
+  return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2;
 }
+static_assert(kMaxLocalExperts * 4 <= DecodeSumBytes(1), "the experts' table is within the sums");
+// The kernels have some more that is not dynamic, and the driver takes 1 KiB.
+static_assert(DecodeSharedMemory(kDecodeTokenBlocks[kNumDecodeKernels - 1]) + 1024 <= 99 * 1024,
+              "sm_86, sm_89 and sm_120 give a block 99 KiB");
 
 }  // namespace moe::sm80
 

@@ -105,14 +105,13 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
 template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated>
 cudaError_t Launch(const DecodeLayer& layer, int blocks, cudaStream_t stream) {
   constexpr auto* kKernel = DecodeLayerKernel<Element, kKind, kTokenBlocks, kGated>;
-  const cudaError_t status =
-      AllowSharedMemory<kKernel>(DecodeSharedMemory(kTokenBlocks, kMaxLocalExperts));
+  constexpr int kSharedMemory = DecodeSharedMemory(kTokenBlocks);
+  const cudaError_t status = AllowSharedMemory<kKernel>(kSharedMemory);
   if (status != cudaSuccess) return status;
   uint32_t weight_flip = WeightFlip(layer.gemm[0].dtype, layer.gemm[0].weight_format);
   void* arguments[] = {const_cast<DecodeLayer*>(&layer), &weight_flip};
   return cudaLaunchCooperativeKernel(reinterpret_cast<const void*>(kKernel), dim3(blocks),
-                                     dim3(kDecodeThreads), arguments,
-                                     DecodeSharedMemory(kTokenBlocks, layer.num_experts), stream);
+                                     dim3(kDecodeThreads), arguments, kSharedMemory, stream);
 }
 
 template <DType kDType>

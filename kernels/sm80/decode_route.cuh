@@ -32,10 +32,9 @@ struct DecodeShared {
   __device__ static uint16_t* Slots() {
     return reinterpret_cast<uint16_t*>(Passes() + kDecodeMaxSlots + 2);
   }
-  // [experts]: first slot and, in the lower half, number of slots.
-  __device__ static uint32_t* Experts() {
-    return reinterpret_cast<uint32_t*>(Slots() + kDecodeMaxSlots);
-  }
+  // [experts], while routing, in the place of the sums: first slot and, in the lower half, number of
+  // slots.
+  __device__ static uint32_t* Experts() { return reinterpret_cast<uint32_t*>(decode_shared); }
 };
 
 __device__ inline int32_t LocalExpert(const DecodeLayer& layer, int slot) {

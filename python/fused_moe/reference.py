@@ -84,8 +84,9 @@ def dequantize(
             values, steps = (nibbles - 8).to(dtype), scale.to(dtype)
         else:
             values = torch.tensor(_E2M1, dtype=dtype, device=weight.device)[nibbles]
-            exponents = scale.view(torch.uint8).double() - 127
-            steps = torch.pow(2.0, exponents).to(dtype)
+            codes = scale.view(torch.uint8)
+            steps = torch.pow(2.0, codes.double() - 127).to(dtype)
+            steps = steps.masked_fill(codes == 255, float("nan"))  # E8M0's NaN
         return values * steps.repeat_interleave(2 * half // scale.shape[1], dim=1)
     values = weight.to(dtype)
     if weight.dtype == torch.uint8:
