@@ -49,9 +49,17 @@ def _power_of_two(value: int) -> int:
 
 
 class Substitutes:
-    """Ours, in Triton."""
+    """Ours, in Triton.
+
+    options: further arguments of each launch. gate_first: the order of the activation's rows; the
+    engines' are [gate; up], those of `cutlass_fused_moe` [up; gate].
+    """
 
     note = "sort, activation and sum by this benchmark's Triton kernels"
+
+    def __init__(self, options: dict[str, Any] | None = None, *, gate_first: bool = True) -> None:
+        self._options = options or {}
+        self._gate_first = gate_first
 
     def align(
         self,
@@ -77,11 +85,12 @@ class Substitutes:
                 BLOCK_M=block_m,
                 SLOTS=_power_of_two(slots),
                 BINS=bins,
+                **self._options,
             )
             return
         counts = torch.zeros(bins, dtype=torch.int32, device=ids.device)
         chunks = (triton.cdiv(slots, _CHUNK),)
-        kernels.count_slots[chunks](ids, counts, slots, SLOTS=_CHUNK, BINS=bins)
+        kernels.count_slots[chunks](ids, counts, slots, SLOTS=_CHUNK, BINS=bins, **self._options)
         kernels.plan_tiles[(1,)](
             counts,
             sorted_slots,
@@ -92,15 +101,18 @@ class Substitutes:
             experts,
             BLOCK_M=block_m,
             BINS=bins,
+            **self._options,
         )
-        kernels.scatter_slots[chunks](ids, sorted_slots, cursors, slots, SLOTS=_CHUNK)
+        kernels.scatter_slots[chunks](
+            ids, sorted_slots, cursors, slots, SLOTS=_CHUNK, **self._options
+        )
 
     def silu_and_mul(self, out: torch.Tensor, h: torch.Tensor) -> None:
         """One launch."""
         rows, columns = out.shape
         block = min(1024, _power_of_two(columns))
         kernels.swiglu[(rows, triton.cdiv(columns, block))](
-            h, out, columns, BLOCK=block, GATE_FIRST=True
+            h, out, columns, BLOCK=block, GATE_FIRST=self._gate_first, **self._options
         )
 
     def moe_sum(self, y: torch.Tensor, out: torch.Tensor) -> None:
@@ -108,7 +120,7 @@ class Substitutes:
         tokens, top_k, columns = y.shape
         block = min(1024, _power_of_two(columns))
         kernels.sum_slots[(tokens, triton.cdiv(columns, block))](
-            y, out, columns, top_k, BLOCK=block
+            y, out, columns, top_k, BLOCK=block, **self._options
         )
 
 

@@ -19,10 +19,8 @@ import triton
 
 from fused_moe import ActivationType
 from layers import Layer
+from peers import pieces
 from peers import triton_kernels as kernels
-
-_ONE_PROGRAM_SLOTS = 1024  # up to here one launch sorts
-_CHUNK = 1024  # slots a program where there are more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,10 +85,6 @@ def candidates(rows_per_expert: float) -> tuple[Config, ...]:
     return next(configs for limit, configs in _TABLE if rows_per_expert <= limit)
 
 
-def _power_of_two(value: int) -> int:
-    return 1 << max(0, value - 1).bit_length()
-
-
 class TritonMoe:
     """The peer; `run` may be captured in a CUDA graph once `tune` has compiled it."""
 
@@ -98,6 +92,7 @@ class TritonMoe:
         """`arch`: "sm80" for Ampere code, None for the GPU's own."""
         self.name = f"triton_{arch}" if arch else "triton"
         self._options: dict[str, Any] = {"arch": arch} if arch else {}
+        self._pieces = pieces.Substitutes(self._options, gate_first=False)
         self._chosen: dict[object, tuple[Config, Config]] = {}
 
     def why_not(self, layer: Layer) -> str | None:
@@ -147,7 +142,14 @@ class TritonMoe:
         x, shape, weights = layer.x, layer.model.shape, layer.weights
         tokens, top_k = layer.ids.shape
         slots = tokens * top_k
-        sorted_slots, tile_experts, num_rows, tiles = self._align(layer, first.block_m)
+        experts = shape.experts
+        tiles = min(slots, slots // first.block_m + experts)
+
+        def ints(count: int) -> torch.Tensor:
+            return torch.empty(count, dtype=torch.int32, device=x.device)
+
+        sorted_slots, tile_experts, num_rows = ints(tiles * first.block_m), ints(tiles), ints(1)
+        self._pieces.align(layer.ids, experts, first.block_m, sorted_slots, tile_experts, num_rows)
         code = {torch.int8: 1, torch.uint8: 2}.get(weights.fc1.dtype, 0)
 
         def gemm(
@@ -184,63 +186,8 @@ class TritonMoe:
 
         h = gemm(x, 0, 2 * shape.intermediate, first, top_k)
         act = torch.empty(slots, shape.intermediate, dtype=x.dtype, device=x.device)
-        block = min(1024, _power_of_two(shape.intermediate))
-        kernels.swiglu[(slots, triton.cdiv(shape.intermediate, block))](
-            h, act, shape.intermediate, BLOCK=block, **self._options
-        )
+        self._pieces.silu_and_mul(act, h)
         y = gemm(act, 1, shape.hidden, second, 1)
         out = torch.empty_like(x)
-        block = min(1024, _power_of_two(shape.hidden))
-        kernels.sum_slots[(tokens, triton.cdiv(shape.hidden, block))](
-            y, out, shape.hidden, top_k, BLOCK=block, **self._options
-        )
+        self._pieces.moe_sum(y.view(tokens, top_k, shape.hidden), out)
         return out
-
-    def _align(
-        self, layer: Layer, block_m: int
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, int]:
-        """Sorts slots by expert: sorted_slots, tile_experts, num_rows, and the most tiles."""
-        ids, experts = layer.ids, layer.model.shape.experts
-        slots = ids.numel()
-        tiles = min(slots, slots // block_m + experts)
-        bins = _power_of_two(experts + 1)
-
-        def ints(count: int) -> torch.Tensor:
-            return torch.empty(count, dtype=torch.int32, device=ids.device)
-
-        sorted_slots, tile_experts = ints(tiles * block_m), ints(tiles)
-        num_rows, cursors = ints(1), ints(bins)
-        if slots <= _ONE_PROGRAM_SLOTS:
-            kernels.align_few[(1,)](
-                ids,
-                sorted_slots,
-                tile_experts,
-                num_rows,
-                cursors,
-                slots,
-                experts,
-                BLOCK_M=block_m,
-                SLOTS=_power_of_two(slots),
-                BINS=bins,
-                **self._options,
-            )
-            return sorted_slots, tile_experts, num_rows, tiles
-        counts = torch.zeros(bins, dtype=torch.int32, device=ids.device)
-        chunks = (triton.cdiv(slots, _CHUNK),)
-        kernels.count_slots[chunks](ids, counts, slots, SLOTS=_CHUNK, BINS=bins, **self._options)
-        kernels.plan_tiles[(1,)](
-            counts,
-            sorted_slots,
-            tile_experts,
-            num_rows,
-            cursors,
-            slots,
-            experts,
-            BLOCK_M=block_m,
-            BINS=bins,
-            **self._options,
-        )
-        kernels.scatter_slots[chunks](
-            ids, sorted_slots, cursors, slots, SLOTS=_CHUNK, **self._options
-        )
-        return sorted_slots, tile_experts, num_rows, tiles
