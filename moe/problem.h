@@ -23,14 +23,6 @@ enum class WeightFormat : int32_t {
 };
 inline constexpr int kNumWeightFormats = 5;
 
-// Bits of a stored weight where the input has 16.
-constexpr int WeightBits(WeightFormat format) {
-  if (format == WeightFormat::kSameAsInput) return 16;
-  return format == WeightFormat::kInt8 || format == WeightFormat::kUint8 ? 8 : 4;
-}
-// Bytes of `k` adjacent weights of a row.
-constexpr int64_t WeightBytes(WeightFormat format, int64_t k) { return k * WeightBits(format) / 8; }
-
 // FlashInfer's numbering, which Python's `ActivationType` repeats.
 enum class Activation : int32_t {
   kGelu = 0,
@@ -72,7 +64,6 @@ struct Problem {
   int32_t fc1_rows() const {
     return IsGated(activation) ? 2 * intermediate_size : intermediate_size;
   }
-  bool quantized() const { return weight_format != WeightFormat::kSameAsInput; }
   // Slots expected here when the router spreads them evenly over all ranks.
   double expected_local_slots() const {
     return static_cast<double>(num_slots()) * num_local_experts / std::max(num_experts, 1);

@@ -9,6 +9,7 @@
 #include <cuda_fp16.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "moe/problem.h"
 
@@ -20,6 +21,10 @@ __device__ inline const char* WideOffset(const char* base, uint32_t a, uint32_t 
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(out) : "r"(a), "r"(b), "l"(base));
   return reinterpret_cast<const char*>(out);
 }
+
+// The type of a 16-bit dtype.
+template <DType kDType>
+using ElementOf = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfloat16>;
 
 // Two values rounded to a 16-bit dtype known at run time.
 __device__ inline uint32_t PackPair(float lo, float hi, DType dtype) {

@@ -114,9 +114,6 @@ cudaError_t Launch(const DecodeLayer& layer, int blocks, cudaStream_t stream) {
                                      dim3(kDecodeThreads), arguments, kSharedMemory, stream);
 }
 
-template <DType kDType>
-using ElementOf = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfloat16>;
-
 }  // namespace
 
 template <DType kDType, WeightKind kKind>

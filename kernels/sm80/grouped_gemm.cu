@@ -13,7 +13,7 @@
 //                      half of them up rows, half the gate rows of the same outputs
 //                      +--------------------+
 //                      |    B [n][k]        |     a stage: A [m][k] and B [n][k] for 64 or
-//     gathered         +--------------------+     128 values of k, swizzled; 3 or 4 stages
+//     gathered         +--------------------+     128 values of k, swizzled; 3 to 5 stages
 //     rows of A        +--------------------+
 //     +--------+       | warp | warp | ...  |     each warp: kMmaM x kMmaN mma.m16n8k16
 //     | [m][k] |       +------+------+      |     accumulators in registers, float32
@@ -60,8 +60,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   }
   loader.template Issue<0, 1>((T::kStages - 2) * T::kStageBytes);
   cute::cp_async_fence();
-  // Waits until the step after the next one has all the thread's copies, or the next one has those
-  // of all threads.
+  // Waits for the thread's own copies of the next step, which it then widens.
   auto arrive = [] { cute::cp_async_wait<T::kStages - 3>(); };
   // Warps with different numbers of active row blocks come to this barrier from different code. It
   // counts arrivals at barrier 0 whatever instruction they come from (PTX, bar.sync).
@@ -130,9 +129,6 @@ cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
       gemm, WeightFlip(gemm.dtype, gemm.weight_format));
   return cudaGetLastError();
 }
-
-template <DType kDType>
-using ElementOf = std::conditional_t<kDType == DType::kFloat16, __half, __nv_bfloat16>;
 
 }  // namespace
 

@@ -228,7 +228,7 @@ class Loader {
   const char* stored_;  // the thread's first chunk in the first stage
   char* wide_;          // the thread's first row in the first of the two buffers
   // Weights with scales along k: the scales' bits, from the step to be widened next to the one that
-  // is being copied. They are indexed with 32 bits, which Problem's limits allow.
+  // is being copied. They are indexed with 32 bits, which RunLayer checks.
   uint32_t scale_[kGroups ? kScaleSteps : 1][T::kLoadsB];
   uint32_t first_row_;
 };

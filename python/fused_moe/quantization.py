@@ -243,6 +243,15 @@ def _to_e2m1(values: torch.Tensor) -> torch.Tensor:
     return code | (torch.signbit(values).to(torch.uint8) << 3)
 
 
+def check_two_halves(tensor: torch.Tensor) -> None:
+    """Raises a ValueError unless `tensor` is [E, 2I, ...]: rows of gates and as many others."""
+    if tensor.ndim < 2 or tensor.shape[1] % 2:
+        raise ValueError(
+            f"tensor has the shape {list(tensor.shape)}; it must be [experts, 2 * intermediate, "
+            "...], with an even second dimension"
+        )
+
+
 def up_gate_from_gate_up(tensor: torch.Tensor) -> torch.Tensor:
     """Exchanges the halves of dimension 1: [gate; up] rows become the [up; gate] rows we need.
 
@@ -260,10 +269,6 @@ def up_gate_from_gate_up(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: there is no dimension 1 or its size is odd.
     """
-    if tensor.ndim < 2 or tensor.shape[1] % 2:
-        raise ValueError(
-            f"tensor has the shape {list(tensor.shape)}; it must be [experts, 2 * intermediate, "
-            "...], with an even second dimension"
-        )
+    check_two_halves(tensor)
     gate, up = tensor.chunk(2, dim=1)
     return torch.cat([up, gate], dim=1)

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import torch
 
-from fused_moe.quantization import MXFP4_GROUP
+from fused_moe.quantization import MXFP4_GROUP, check_two_halves
 
 
 def up_gate_from_interleaved(tensor: torch.Tensor) -> torch.Tensor:
@@ -26,11 +26,7 @@ def up_gate_from_interleaved(tensor: torch.Tensor) -> torch.Tensor:
     Raises:
         ValueError: there is no dimension 1 or its size is odd.
     """
-    if tensor.ndim < 2 or tensor.shape[1] % 2:
-        raise ValueError(
-            f"tensor has the shape {list(tensor.shape)}; it must be [experts, 2 * intermediate, "
-            "...], with an even second dimension"
-        )
+    check_two_halves(tensor)
     return torch.cat([tensor[:, 1::2], tensor[:, 0::2]], dim=1)
 
 
