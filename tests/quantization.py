@@ -4,9 +4,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 
 from fused_moe import (
     dequantize_int4,
@@ -189,3 +191,83 @@ def test_int4_group_sizes() -> None:
         quantize_int4(torch.ones(1, 1, 96), 48)
     with pytest.raises(ValueError, match=r"multiple of 64, the group size: take a smaller one"):
         quantize_int4(torch.ones(1, 1, 96), 64)
+
+
+QUANTIZERS: dict[str, Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor]]] = {
+    "int8": quantize_int8,
+    "uint8": lambda weight: quantize_int8(weight, unsigned=True),
+    "int4": lambda weight: quantize_int4(weight, 32),
+    "mxfp4": quantize_mxfp4,
+}
+all_formats = pytest.mark.parametrize("kept", QUANTIZERS)
+all_dtypes = pytest.mark.parametrize(
+    "dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str
+)
+
+
+class OtherDevice(TorchFunctionMode):
+    """Rounds as other devices may: what is not one operation of IEEE 754 comes out differently.
+
+    A division by a Python number is a product with its reciprocal, which is what PyTorch's CUDA
+    kernels make of it; powers and logarithms are off by their last bit.
+    """
+
+    _DIVISIONS = ("div", "div_", "divide", "true_divide", "__truediv__", "__itruediv__")
+    _INEXACT = ("exp2", "ldexp", "log2", "pow", "__pow__", "__rpow__", "float_power")
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> object:
+        """What `func` gives there."""
+        name = getattr(func, "__name__", "")
+        if name in self._DIVISIONS and isinstance(args[1], int | float):
+            return args[0] * (torch.ones(()) / torch.full((), float(args[1])))
+        out = func(*args, **(kwargs or {}))
+        if name in self._INEXACT:
+            return torch.nextafter(out, torch.full_like(out, INFINITY))
+        return out
+
+
+@all_dtypes
+@all_formats
+def test_bits_do_not_depend_on_how_a_device_rounds(kept: str, dtype: torch.dtype) -> None:
+    weight = weights(4, 64, 512).to(dtype)
+    here = QUANTIZERS[kept](weight)
+    with OtherDevice():
+        # It sees to it that a quantizer which does depend on it would be found.
+        assert not torch.equal(weight.float() / 7.5, weight.float() / torch.tensor(7.5))
+        there = QUANTIZERS[kept](weight)
+    assert torch.equal(here[0], there[0]) and torch.equal(here[1], there[1])
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@all_dtypes
+@all_formats
+def test_bits_are_the_same_on_a_gpu(kept: str, dtype: torch.dtype) -> None:
+    weight = weights(4, 256, 1024).to(dtype)
+    # Smallest numbers too, which a device could flush to zero.
+    weight[0] *= 2**-14 if dtype == torch.float16 else 2**-124
+    here = QUANTIZERS[kept](weight)
+    there = QUANTIZERS[kept](weight.cuda())
+    assert torch.equal(there[0].cpu(), here[0]) and torch.equal(there[1].cpu(), here[1])
+
+
+def test_formulas() -> None:
+    """Scales by a division that is rounded once to float32, q by the scale that is stored.
+
+    A quotient of float32 numbers that float64 rounds first is rounded the same way after.
+    """
+    weight = weights(2, 64, 256)[:, :-1].bfloat16().double()
+    q, scale = quantize_int8(weight)
+    expected = (weight.abs().amax(dim=2) / 127).float()
+    assert torch.equal(scale, expected)
+    assert torch.equal(q.float(), (weight / expected.double().unsqueeze(2)).float().round())
+
+    packed, scale = quantize_int4(weight, 32)
+    groups = weight.view(2, 63, 8, 32)
+    finest = torch.maximum(groups.amax(dim=3) / 7.5, groups.amin(dim=3) / -8.5).float()
+    mantissa, exponent = torch.frexp(finest.double())
+    expected = torch.ldexp(torch.ceil(mantissa * 256) / 256, exponent)
+    assert torch.equal(scale.double(), expected)
+    levels = (groups / expected.unsqueeze(3)).float().round().clamp(-8, 7)
+    assert torch.equal(unpack_nibbles(packed).float() - 8, levels.view(2, 63, 256))

@@ -3,6 +3,10 @@
 
 The 4-bit formats hold two weights a byte along K, the even one in the low nibble, and a scale
 for each group of neighbours in a row. A nibble is q + 8 in INT4, and an E2M1 number in MXFP4.
+
+The same weights give the same bits on every device: a model may be quantized on a CPU, on a GPU,
+or in parts on both. So nothing here may round one way on one of them and another way on the
+other.
 """
 
 from __future__ import annotations
@@ -55,7 +59,7 @@ def quantize_int8(
     for expert in range(weight.shape[0]):
         rows = weight[expert].float()
         largest = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
-        scale[expert] = torch.where(largest > 0, largest / 127, torch.ones_like(largest))
+        scale[expert] = torch.where(largest > 0, _divided(largest, 127), torch.ones_like(largest))
         rounded = torch.round(rows / scale[expert].unsqueeze(1)).clamp_(-127, 127)
         q[expert] = (rounded + UINT8_OFFSET if unsigned else rounded).to(q.dtype)
     if not bool(torch.isfinite(scale).all()):
@@ -107,7 +111,7 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 128) -> tuple[torch.Te
     for expert in range(experts):
         groups = weight[expert].float().view(rows, -1, group_size)
         lowest, largest = groups.aminmax(dim=2)
-        step = _to_8_bits_up(torch.maximum(largest / 7.5, lowest / -8.5))
+        step = _to_8_bits_up(torch.maximum(_divided(largest, 7.5), _divided(lowest, -8.5)))
         scale[expert] = step.masked_fill_(step == 0, 1)
         q = torch.round(groups / step.unsqueeze(2)).clamp_(-8, 7)
         packed[expert] = pack_nibbles((q + INT4_OFFSET).to(torch.uint8).view(rows, depth))
@@ -157,6 +161,7 @@ def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     scale = torch.empty(
         experts, rows, depth // MXFP4_GROUP, dtype=torch.uint8, device=weight.device
     )
+    powers = torch.tensor(_E8M0_VALUES, dtype=torch.float32, device=weight.device)
     for expert in range(experts):
         groups = weight[expert].float().view(rows, -1, MXFP4_GROUP)
         largest = groups.abs().amax(dim=2)
@@ -166,7 +171,9 @@ def quantize_mxfp4(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         exponent = torch.frexp(largest).exponent - 1 - E2M1_LARGEST_EXPONENT
         exponent = exponent.clamp_(-E8M0_BIAS, E8M0_BIAS).masked_fill_(largest == 0, 0)
         scale[expert] = (exponent + E8M0_BIAS).to(torch.uint8)
-        codes = _to_e2m1(torch.ldexp(groups, -exponent.unsqueeze(2)))
+        # 2^-exponent from a table: ldexp takes pow(2, n), which need not be exact everywhere.
+        inverse = powers[(E8M0_BIAS - exponent).long()]
+        codes = _to_e2m1(groups * inverse.unsqueeze(2))
         packed[expert] = pack_nibbles(codes.view(rows, depth))
     return packed, scale
 
@@ -225,6 +232,17 @@ def pack_nibbles(codes: torch.Tensor) -> torch.Tensor:
 def unpack_nibbles(packed: torch.Tensor) -> torch.Tensor:
     """The inverse of `pack_nibbles`: [..., K / 2] uint8 to [..., K]."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).flatten(-2)
+
+
+def _divided(values: torch.Tensor, divisor: float) -> torch.Tensor:
+    """values / divisor, rounded correctly on every device.
+
+    PyTorch divides by a Python number as written on a CPU, but on a GPU multiplies by its
+    reciprocal, which may be off by one bit. That is enough to move one in twenty of INT4's scales
+    of bfloat16 weights up to the next number of 8 bits, and their weights with them. By a tensor
+    on their own device both divide.
+    """
+    return values / values.new_full((), divisor)
 
 
 def _to_8_bits_up(values: torch.Tensor) -> torch.Tensor:
