@@ -31,21 +31,23 @@
 #include "kernels/common/dequantize.cuh"
 #include "kernels/common/numeric.cuh"
 #include "kernels/sm80/decode.h"
+#include "kernels/sm80/decode_multiply.cuh"
 #include "kernels/sm80/decode_route.cuh"
-#include "kernels/sm80/mma.cuh"
 
 namespace moe::sm80 {
 
-// 16 bytes that nobody will want again: past L1.
-__device__ inline uint4 LoadOnce(const char* p) {
-  uint4 v;
-  asm volatile("ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4];"
-               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
-               : "l"(p));
-  return v;
+// 16 bytes that nobody will want again, past L1; what is there where they are not wanted now.
+__device__ inline void LoadOnce(const uint4* p, bool wanted, uint4& v) {
+  asm volatile(
+      "{ .reg .pred wanted;\n"
+      "  setp.ne.s32 wanted, %5, 0;\n"
+      "  @wanted ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<int>(wanted)));
 }
 
-template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated>
+// kScaleSums: the weights of a chunk in a row are one group.
+template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums>
 class DecodeGemm {
   using Shared = DecodeShared<kTokenBlocks>;
 
@@ -53,7 +55,7 @@ class DecodeGemm {
   static constexpr int kWarps = kDecodeThreads / 32;
   static constexpr int kColumns = kGated ? 16 : 32;        // of a group of warps: 32 weight rows
   static constexpr int kVector = 128 / WeightBits(kKind);  // weights of a 16-byte load
-  static constexpr int kChunk = 4 * kVector;               // of k
+  static constexpr int kChunk = DecodeChunk(kKind);        // of k
   // Chunks of a batch: as many as the registers allow.
   static constexpr int kDepth = HasGroups(kKind) ? 3 - kTokenBlocks : 4 - kTokenBlocks;
   static constexpr int kTokens = 8 * kTokenBlocks;
@@ -61,56 +63,60 @@ class DecodeGemm {
   static_assert(2 * kWarps * kWarpSums * 4 == DecodeSumBytes(kTokenBlocks), "two of each warp's");
 
   // `counter` counts the units handed out; it must be 0 when Run() begins.
-  __device__ DecodeGemm(const GroupedGemm& gemm, int num_passes, int32_t* counter,
-                        uint32_t weight_flip)
+  __device__ DecodeGemm(const GroupedGemm& gemm, int32_t* counter, uint32_t weight_flip)
       : gemm_(gemm), counter_(counter), weight_flip_(weight_flip) {
-    chunks_ = (gemm.k + kChunk - 1) / kChunk;
-    column_units_ = (gemm.columns + kColumns - 1) / kColumns;
-    units_ = num_passes * column_units_;
     ChooseSlices();
-    load_unit_ = FirstUnit();
-    next_unit_ = FirstUnit() + Workers();
-    BeginLoads();
+    __syncwarp();  // all lanes have done with the plan of the GEMM before
+    if (FirstLane()) {
+      // Multiprocessors with the same work end 5 to 10% apart, which we put down to the ports of the
+      // crossbar that they share. Units are not handed out where a group has two at most, nor where
+      // a unit is a single batch: the loads are too far ahead then.
+      const bool hands_out = Units() > 2 * Workers() && Chunks() > (kDepth + 1) * Slices();
+      Plan().units = Units();
+      Plan().stride = hands_out ? 0 : Workers();
+      Plan().load_unit = FirstUnit();
+      Plan().next_unit = FirstUnit() + Workers();
+      Plan().buffer = 0;
+      Plan().slice = Slice();
+    }
+    __syncwarp();
+    BeginLoads(FirstUnit());
   }
 
-  // Whether units are handed out as groups come for them. Multiprocessors with the same work end 5
-  // to 10% apart, which we put down to the ports of the crossbar that they share. Not where a group
-  // has two units at most, nor where a unit is a single batch: the loads are too far ahead then.
-  __device__ bool HandsOut() const {
-    return units_ > 2 * Workers() && chunks_ > (kDepth + 1) * Slices();
-  }
+  // Whether units are handed out as groups come for them.
+  __device__ bool HandsOut() const { return Plan().stride == 0; }
 
   // Starts the first loads of weights, which depend on nothing that a kernel before has written.
   __device__ __forceinline__ void Prime() { LoadBatch<0>(); }
 
   __device__ __forceinline__ void Run() {
-    // Of each group, twice: the unit after the next one.
-    __shared__ int handed_out[2][kWarps];
-    int buffer = 0;
     int unit = FirstUnit();
 #pragma unroll 1
-    while (unit < units_) {
-      int after_next = 0;
-      if (HandsOut() && Slice() == 0 && threadIdx.x % 32 == 0) {
-        after_next = 2 * Workers() + atomicAdd(counter_, 1);
-      }
-      BeginTokens(GetPass(unit / column_units_));
+    while (unit < Plan().units) {
+      if (FirstLane()) Plan().unit = unit;
+      int handed_out = 0;
+      if (Asks()) handed_out = atomicAdd(counter_, 1);
+      BeginTokens(GetPass(unit / ColumnUnits()));
       float acc[2][kTokenBlocks][4] = {};
 #pragma unroll 1
-      for (int chunk = Slice(); chunk < chunks_; chunk += kDepth * Slices()) {
-        MultiplyBatch<0>(chunk, acc);
+      for (int k = Plan().slice * kChunk; k < gemm_.k; k += kDepth * Slices() * kChunk) {
+        MultiplyBatch<0>(k, acc);
       }
-      if (HandsOut() && Slice() == 0 && threadIdx.x % 32 == 0) {
-        handed_out[buffer][Group()] = after_next;
-      }
-      Finish(unit, buffer, acc);
+      if (Asks()) HandedOut() = 2 * Workers() + handed_out;
+      Finish(acc);
+      int next_unit = Plan().next_unit;
       if (HandsOut()) {
-        unit = load_unit_;  // which the last batch has moved to
-        next_unit_ = handed_out[buffer][Group()];
+        unit = Plan().load_unit;  // which the last batch has moved to
+        next_unit = HandedOut();
       } else {
-        unit += Workers();
+        unit = Plan().unit + Plan().stride;
       }
-      buffer ^= 1;
+      __syncwarp();
+      if (FirstLane()) {
+        Plan().next_unit = next_unit;
+        Plan().buffer ^= 1;
+      }
+      __syncwarp();
     }
   }
 
@@ -125,54 +131,84 @@ class DecodeGemm {
     return {pass.expert, pass.first_slot, Shared::Passes()[index + 1].first_slot - pass.first_slot};
   }
 
+  // Scales that a lane loads for a chunk: of its four rows. If they are those of the whole chunk, the
+  // lanes of a quad, whose rows are the same, load one each.
+  static constexpr int kScales = HasGroups(kKind) && !kScaleSums ? 4 : 1;
+
   // What a lane holds of a chunk: rows [block of 16][upper, lower half].
   struct Raw {
     uint4 row[2][2];
-    uint32_t scale[HasGroups(kKind) ? 4 : 1];
+    uint32_t scale[kScales];
   };
 
+  __device__ static DecodePlan& Plan() { return Shared::Plans()[threadIdx.x / 32]; }
+  // The unit after the next one of the warp's group, if it is handed out.
+  __device__ int& HandedOut() const {
+    return Shared::Plans()[Warp() - Slice()].handed_out[Plan().buffer];
+  }
+  // Whether the thread is the one of its group that asks for it.
+  __device__ bool Asks() const { return HandsOut() && Plan().slice == 0 && FirstLane(); }
+  __device__ static bool FirstLane() { return threadIdx.x % 32 == 0; }
+
   __device__ int Warp() const { return threadIdx.x / 32; }
-  __device__ int Slices() const { return 1 << slices_log2_; }
+  __device__ int Slices() const { return slices_; }
+  __device__ int SlicesLog2() const { return 31 - __clz(slices_); }
   __device__ int Slice() const { return Warp() & (Slices() - 1); }
-  __device__ int Group() const { return Warp() >> slices_log2_; }
+  __device__ int Group() const { return Warp() >> SlicesLog2(); }
   // Groups are numbered so that a few units go to as many multiprocessors.
   __device__ int FirstUnit() const { return Group() * gridDim.x + blockIdx.x; }
-  __device__ int Workers() const { return (kWarps >> slices_log2_) * gridDim.x; }
+  __device__ int Workers() const { return (kWarps >> SlicesLog2()) * gridDim.x; }
+  __device__ int Chunks() const { return (gemm_.k + kChunk - 1) / kChunk; }
+  __device__ int ColumnUnits() const { return (gemm_.columns + kColumns - 1) / kColumns; }
+  __device__ int Units() const { return Shared::NumPasses() * ColumnUnits(); }
   __device__ int Quad() const { return threadIdx.x % 4; }
   __device__ int Row() const { return threadIdx.x % 32 / 4; }
 
   // As many slices as leave a warp 8 chunks of a unit or more; more where units are few. (Qwen3-30B,
   // 8 tokens, 16-bit weights: 4, 8 and 16 chunks a warp take 139, 124 and 134 us.)
   __device__ void ChooseSlices() {
-    slices_log2_ = 0;
-    while (slices_log2_ < 4 && (16 << slices_log2_) <= chunks_) ++slices_log2_;
-    while (slices_log2_ < 4 && (2 << slices_log2_) <= chunks_ && 2 * units_ < Workers()) {
-      ++slices_log2_;
+    slices_ = 1;
+    while (slices_ < 16 && 16 * slices_ <= Chunks()) slices_ *= 2;
+    while (slices_ < 16 && 2 * slices_ <= Chunks() && 2 * Units() < Workers()) slices_ *= 2;
+  }
+
+  __device__ __forceinline__ void BeginLoads(int unit) {
+    if (unit >= Plan().units) {
+      load_k_ = 1 << 30;                    // beyond any k: nothing is loaded
+      scale_ = load_k_ / kVector + Quad();  // but some scale
+      return;
+    }
+    // The empty asm keeps the compiler from computing what follows once and for all, in registers.
+    int columns = gemm_.columns, depth = gemm_.k, thread = threadIdx.x % 32;
+    asm volatile("" : "+r"(columns), "+r"(depth), "+r"(thread));
+    const int quad = thread % 4;
+    const int column_units = (columns + kColumns - 1) / kColumns;
+    load_k_ = Plan().slice * kChunk;
+    const int pass = unit / column_units;
+    const int column = (unit - pass * column_units) * kColumns + thread / 4;
+    // Beyond the last column it is read once more; what comes of it is not stored.
+    const int last = columns - 1;
+    const int first = min(column, last);
+    const int64_t row =
+        static_cast<int64_t>(Shared::Passes()[pass].expert) * columns * (kGated ? 2 : 1) + first;
+    const int lower = min(column + 8, last) - first;
+    const int to_row[3] = {lower, kGated ? columns : min(column + 16, last) - first,
+                           kGated ? columns + lower : min(column + 24, last) - first};
+    const uint32_t vectors = depth / kVector;  // of a row
+#pragma unroll
+    for (int i = 0; i < 3; ++i) to_vector_[i] = to_row[i] * vectors;
+    const int64_t vector = row * vectors + load_k_ / kVector + quad;
+    vector_ = static_cast<const uint4*>(gemm_.weights) + vector;
+    if constexpr (kScaleSums) {
+      const int own = quad == 0 ? 0 : quad == 1 ? to_row[0] : quad == 2 ? to_row[1] : to_row[2];
+      scale_ = (static_cast<uint32_t>(row + own) * (depth / kChunk) + Plan().slice) * ScaleBytes();
+    } else if constexpr (HasGroups(kKind)) {
+      scale_ = static_cast<uint32_t>(vector);
     }
   }
 
-  __device__ __forceinline__ void BeginLoads() {
-    load_chunk_ = Slice();
-    if (load_unit_ >= units_) return;
-    const int pass = load_unit_ / column_units_;
-    const int column = (load_unit_ - pass * column_units_) * kColumns + Row();
-    // Beyond the last column it is read once more; what comes of it is not stored.
-    const int last = gemm_.columns - 1;
-    const int first = min(column, last);
-    const int64_t row =
-        static_cast<int64_t>(Shared::Passes()[pass].expert) * gemm_.columns * (kGated ? 2 : 1) +
-        first;
-    row_ =
-        static_cast<const char*>(gemm_.weights) + row * RowBytes() + load_chunk_ * 64 + Quad() * 16;
-    const int lower = min(column + 8, last) - first;
-    to_row_[0] = lower;
-    to_row_[1] = kGated ? gemm_.columns : min(column + 16, last) - first;
-    to_row_[2] = kGated ? gemm_.columns + lower : min(column + 24, last) - first;
-    if constexpr (HasGroups(kKind)) scale_row_ = static_cast<uint32_t>(row);
-  }
-
-  __device__ uint32_t RowBytes() const {
-    return static_cast<uint32_t>(gemm_.k) / 2 * (WeightBits(kKind) / 4);
+  __device__ uint32_t ScaleBytes() const {
+    return gemm_.weight_scale_dtype == DType::kFloat32 ? 4 : 2;
   }
 
   // Loads chunks kFirst .. kDepth - 1 of a batch, and moves on to the next one.
@@ -189,45 +225,67 @@ class DecodeGemm {
   // Multiplies a batch from its chunk kFirst on; each is followed by the load of the same chunk of
   // the next batch. A unit's last batch may be cut short.
   template <int kFirst>
-  __device__ __forceinline__ void MultiplyBatch(int chunk, float (&acc)[2][kTokenBlocks][4]) {
+  __device__ __forceinline__ void MultiplyBatch(int k, float (&acc)[2][kTokenBlocks][4]) {
     if constexpr (kFirst < kDepth) {
-      if (chunk < chunks_) Multiply(ring_[kFirst], chunk, acc);
+      if (k < gemm_.k) Multiply(ring_[kFirst], k, acc);
       Load(ring_[kFirst]);
-      MultiplyBatch<kFirst + 1>(chunk + Slices(), acc);
+      MultiplyBatch<kFirst + 1>(k + Slices() * kChunk, acc);
     } else {
       EndLoads();
     }
   }
 
   __device__ __forceinline__ void Load(Raw& raw) {
-    const int k = load_chunk_ * kChunk + Quad() * kVector;
-    const bool inside = load_unit_ < units_ && k < gemm_.k;
+    const int k = load_k_ + (kScaleSums ? 0 : Quad() * kVector);
+    const bool inside = k < gemm_.k;
+    const uint4* vectors[4] = {vector_};
+#pragma unroll
+    for (int i = 1; i < 4; ++i) vectors[i] = vector_ + to_vector_[i - 1];
+    // vector_ += Slices() * 4, whose product would be kept in two registers.
+    vector_ = reinterpret_cast<const uint4*>(
+        WideOffset(reinterpret_cast<const char*>(vector_), Slices(), 64));
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint4& v = raw.row[i / 2][i % 2];
-      v = make_uint4(0, 0, 0, 0);
-      if (inside) v = LoadOnce(i == 0 ? row_ : WideOffset(row_, to_row_[i - 1], RowBytes()));
+      // Beyond the end of k, where tokens count as 0, any finite weights will do. Those loaded before
+      // are, unless they are floats.
+      if (kKind == WeightKind::k16Bit) v = make_uint4(0, 0, 0, 0);
+      LoadOnce(vectors[i], inside, v);
     }
-    row_ += Slices() * 64;
-    if constexpr (HasGroups(kKind)) {
-      // Where no weights are loaded, some other scale is read: it is multiplied by zeros.
-      const int group_log2 = 31 - __clz(gemm_.group_size);
-      const uint32_t groups = gemm_.k >> group_log2;
+    if constexpr (kScaleSums) {
+      const char* scale = static_cast<const char*>(gemm_.weight_scales) + scale_;
+      scale_ += Slices() * ScaleBytes();
+      if (inside && gemm_.weight_scale_dtype == DType::kFloat32) {
+        raw.scale[0] = __ldg(reinterpret_cast<const uint32_t*>(scale));
+      }
+      if (inside && gemm_.weight_scale_dtype != DType::kFloat32) {
+        raw.scale[0] = __ldg(reinterpret_cast<const uint16_t*>(scale));
+      }
+    } else if constexpr (HasGroups(kKind)) {
+      // Where no weights are loaded, some other scale of the rows is read: it is multiplied by 0.
+      const uint32_t vector = scale_ - (inside ? 0 : k / kVector);
+      const int vectors_log2 = 31 - __clz(gemm_.group_size / kVector);  // of a group
       uint32_t index[4];
-      index[0] = scale_row_ * groups + (inside ? k >> group_log2 : 0);
+      index[0] = vector >> vectors_log2;
 #pragma unroll
-      for (int i = 1; i < 4; ++i) index[i] = index[0] + to_row_[i - 1] * groups;
+      for (int i = 1; i < 4; ++i) index[i] = (vector + to_vector_[i - 1]) >> vectors_log2;
       LoadScaleBits<kKind>(gemm_.weight_scales, index, gemm_.weight_scale_dtype, raw.scale);
+      scale_ += Slices() * 4;
     }
-    load_chunk_ += Slices();
+    load_k_ += Slices() * kChunk;
   }
 
   // At the end of a batch.
   __device__ __forceinline__ void EndLoads() {
-    if (load_chunk_ >= chunks_) {
-      load_unit_ = next_unit_;
-      if (!HandsOut()) next_unit_ += Workers();
-      BeginLoads();
+    if (load_k_ >= gemm_.k) {
+      const int unit = Plan().next_unit;
+      __syncwarp();
+      if (FirstLane()) {
+        Plan().load_unit = unit;
+        Plan().next_unit = unit + Plan().stride;
+      }
+      __syncwarp();
+      BeginLoads(unit);
     }
   }
 
@@ -237,64 +295,34 @@ class DecodeGemm {
       // Columns beyond the pass's slots repeat the last; what comes of them is not stored.
       const int slot = Shared::Slots()[pass.first_slot + min(t * 8 + Row(), pass.num_slots - 1)];
       const int source = gemm_.gather ? slot / gemm_.top_k : slot;
-      token_[t] = source * (gemm_.k / 8) + (Slice() * kChunk + Quad() * kVector) / 8;
+      token_[t] = source * (gemm_.k / 8) + (Plan().slice * kChunk + Quad() * kVector) / 8;
     }
   }
 
-  __device__ __forceinline__ void Multiply(const Raw& raw, int chunk,
+  __device__ __forceinline__ void Multiply(const Raw& raw, int k,
                                            float (&acc)[2][kTokenBlocks][4]) {
-    constexpr int kPairs = Dequantizer<Element, kKind>::kPairs;
-    // Stored words for 16 bytes of each token's activations: 8 weights, two mma steps.
-    constexpr int kWords = 4 / kPairs;
-    const bool inside = chunk * kChunk + Quad() * kVector < gemm_.k;
-    uint32_t context[4] = {weight_flip_, weight_flip_, weight_flip_, weight_flip_};
-    if constexpr (HasGroups(kKind)) {
-      GroupScales<Element, kKind>(raw.scale, gemm_.weight_scale_dtype, context);
+    const uint4* tokens[kTokenBlocks];
+#pragma unroll
+    for (int t = 0; t < kTokenBlocks; ++t) {
+      tokens[t] = static_cast<const uint4*>(gemm_.a) + token_[t];
+      token_[t] += Slices() * (kChunk / 8);
     }
-#pragma unroll
-    for (int step = 0; step < kVector / 8; ++step) {
-      uint4 tokens[kTokenBlocks];
-#pragma unroll
-      for (int t = 0; t < kTokenBlocks; ++t) {
-        // Zeros beyond the end of k, where the weights are whatever a zero stands for.
-        tokens[t] = make_uint4(0, 0, 0, 0);
-        if (inside) tokens[t] = static_cast<const uint4*>(gemm_.a)[token_[t] + step];
+    if constexpr (kScaleSums) {
+      MultiplyScaleSums<Element>(raw.row, tokens, raw.scale[0], gemm_.weight_scale_dtype, acc);
+    } else {
+      uint32_t context[4] = {weight_flip_, weight_flip_, weight_flip_, weight_flip_};
+      if constexpr (HasGroups(kKind)) {
+        GroupScales<Element, kKind>(raw.scale, gemm_.weight_scale_dtype, context);
       }
-#pragma unroll
-      for (int block = 0; block < 2; ++block) {
-        uint32_t a[2][4];
-#pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const uint4 row = raw.row[block][half];
-          const uint32_t words[4] = {row.x, row.y, row.z, row.w};
-#pragma unroll
-          for (int w = 0; w < kWords; ++w) {
-            uint32_t pairs[kPairs];
-            Dequantizer<Element, kKind>::Word(words[step * kWords + w], context[2 * block + half],
-                                              pairs);
-#pragma unroll
-            for (int i = 0; i < kPairs; ++i) a[half][w * kPairs + i] = pairs[i];
-          }
-        }
-#pragma unroll
-        for (int t = 0; t < kTokenBlocks; ++t) {
-          float(&c)[4] = acc[block][t];
-          Mma<Element>::fma(c[0], c[1], c[2], c[3], a[0][0], a[1][0], a[0][1], a[1][1], tokens[t].x,
-                            tokens[t].y, c[0], c[1], c[2], c[3]);
-          Mma<Element>::fma(c[0], c[1], c[2], c[3], a[0][2], a[1][2], a[0][3], a[1][3], tokens[t].z,
-                            tokens[t].w, c[0], c[1], c[2], c[3]);
-        }
-      }
+      const bool inside = k + Quad() * kVector < gemm_.k;
+      MultiplyScaleWeights<Element, kKind>(raw.row, tokens, inside, context, acc);
     }
-#pragma unroll
-    for (int t = 0; t < kTokenBlocks; ++t) token_[t] += Slices() * (kChunk / 8);
   }
 
   // Adds the slices' sums and stores the unit's outputs. One barrier of the group: the next unit's
   // sums go to the other buffer, and those of the one after it come behind the next barrier.
-  __device__ __forceinline__ void Finish(int unit, int buffer,
-                                         const float (&acc)[2][kTokenBlocks][4]) {
-    float* sums = Shared::Sums() + buffer * kWarps * kWarpSums;
+  __device__ __forceinline__ void Finish(const float (&acc)[2][kTokenBlocks][4]) {
+    float* sums = Shared::Sums() + Plan().buffer * kWarps * kWarpSums;
     float* own = sums + Warp() * kWarpSums + Row();
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
@@ -307,17 +335,15 @@ class DecodeGemm {
         p[kDecodePitch + 8] = acc[block][t][3];
       }
     }
-    if (slices_log2_ == 0) {
+    if (slices_ == 1) {
       __syncwarp();
     } else {
       asm volatile("bar.sync %0, %1;" ::"r"(1 + Group()), "r"(32 * Slices()) : "memory");
     }
-    // Looked up again, which the empty asm keeps the compiler from seeing: carried through the loop,
-    // a pass would take registers that 4-bit weights do not leave.
-    asm volatile("" : "+r"(unit));
-    const Pass pass = GetPass(unit / column_units_);
-    const int first_column = unit % column_units_ * kColumns;
-    StoreOutputs(gemm_, pass, first_column, Slice() * 32 + threadIdx.x % 32, slices_log2_,
+    const int unit = Plan().unit;
+    const Pass pass = GetPass(unit / ColumnUnits());
+    const int first_column = unit % ColumnUnits() * kColumns;
+    StoreOutputs(gemm_, pass, first_column, Slice() * 32 + threadIdx.x % 32, SlicesLog2(),
                  sums + (Warp() - Slice()) * kWarpSums);
   }
 
@@ -375,18 +401,14 @@ class DecodeGemm {
   const GroupedGemm& gemm_;
   int32_t* counter_;
   uint32_t weight_flip_;
-  int slices_log2_;
-  int chunks_;
-  int column_units_;
-  int units_;
-  Raw ring_[kDepth];
+  int slices_;  // a power of two
+  Raw ring_[kDepth] = {};
   // Where the loads are.
-  int load_unit_;
-  int next_unit_;
-  int load_chunk_;
-  const char* row_;          // the lane's 16 bytes of its first row
-  uint32_t to_row_[3] = {};  // how many rows its others are further on
-  uint32_t scale_row_ = 0;   // its first row, among all experts'
+  int load_k_;
+  // A vector is 16 bytes of weights.
+  const uint4* vector_;         // the lane's, of its first row
+  uint32_t to_vector_[3] = {};  // how many vectors its others are further on
+  uint32_t scale_ = 0;          // kScaleSums: its scale, in bytes; else the number of that vector
   // Of the unit that is multiplied.
   uint32_t token_[kTokenBlocks];  // the lane's next 16 bytes of each of its tokens
 };

@@ -24,10 +24,24 @@ constexpr int DecodeSumBytes(int token_blocks) {
   return 2 * (kDecodeThreads / 32) * 2 * 8 * token_blocks * kDecodePitch * 4;
 }
 
-// Of a block, in bytes: the sums and the lists of decode_route.cuh. The table of experts, which only
-// routing uses, lies where the sums come later.
+// What a warp needs once a unit (decode_gemm.cuh), in shared memory: registers are for what it needs
+// once a chunk.
+struct DecodePlan {
+  int units;          // of the GEMM
+  int stride;         // from a unit of the warp's group to its next one; 0: they are handed out
+  int slice;          // the warp's, of its group
+  int unit;           // that is multiplied
+  int load_unit;      // that is loaded
+  int next_unit;      // that is loaded next
+  int buffer;         // for the unit's sums: 0 and 1 in turn
+  int handed_out[2];  // of a group's first warp: the unit after the next one
+};
+
+// Of a block, in bytes: the sums, the lists of decode_route.cuh and their length, and the plans. The
+// table of experts, which only routing uses, lies where the sums come later.
 constexpr int DecodeSharedMemory(int token_blocks) {
-  return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2;
+  return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2 + 4 +
+         kDecodeThreads / 32 * static_cast<int>(sizeof(DecodePlan));
 }
 static_assert(kMaxLocalExperts * 4 <= DecodeSumBytes(1), "the experts' table is within the sums");
 // The kernels have some more that is not dynamic, and the driver takes 1 KiB.

@@ -73,23 +73,24 @@ __device__ void Finalize(const DecodeLayer& layer) {
   }
 }
 
-template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated>
+// kScaleSums: scales of groups multiply sums (decode_multiply.cuh), for which a chunk must be a group.
+template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeLayerKernel(const __grid_constant__ DecodeLayer layer, const uint32_t weight_flip) {
-  using Gemm1 = DecodeGemm<Element, kKind, kTokenBlocks, kGated>;
-  using Gemm2 = DecodeGemm<Element, kKind, kTokenBlocks, false>;
+  using Gemm1 = DecodeGemm<Element, kKind, kTokenBlocks, kGated, kScaleSums>;
+  using Gemm2 = DecodeGemm<Element, kKind, kTokenBlocks, false, kScaleSums>;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
 
   if (blockIdx.x == 0 && threadIdx.x < 2) layer.counters[threadIdx.x] = 0;
-  const int num_passes = Route<kTokenBlocks>(layer);
+  Route<kTokenBlocks>(layer);
   {
-    Gemm1 gemm(layer.gemm[0], num_passes, layer.counters, weight_flip);
+    Gemm1 gemm(layer.gemm[0], layer.counters, weight_flip);
     gemm.Prime();
     if (gemm.HandsOut()) grid.sync();  // the counters are 0 behind it
     gemm.Run();
   }
   {
-    Gemm2 gemm(layer.gemm[1], num_passes, layer.counters + 1, weight_flip);
+    Gemm2 gemm(layer.gemm[1], layer.counters + 1, weight_flip);
     gemm.Prime();
     grid.sync();
     gemm.Run();
@@ -102,9 +103,9 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   }
 }
 
-template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated>
+template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums>
 cudaError_t Launch(const DecodeLayer& layer, int blocks, cudaStream_t stream) {
-  constexpr auto* kKernel = DecodeLayerKernel<Element, kKind, kTokenBlocks, kGated>;
+  constexpr auto* kKernel = DecodeLayerKernel<Element, kKind, kTokenBlocks, kGated, kScaleSums>;
   constexpr int kSharedMemory = DecodeSharedMemory(kTokenBlocks);
   const cudaError_t status = AllowSharedMemory<kKernel>(kSharedMemory);
   if (status != cudaSuccess) return status;
@@ -114,19 +115,28 @@ cudaError_t Launch(const DecodeLayer& layer, int blocks, cudaStream_t stream) {
                                      dim3(kDecodeThreads), arguments, kSharedMemory, stream);
 }
 
+template <DType kDType, WeightKind kKind, int kTokenBlocks>
+cudaError_t Launch(const DecodeLayer& layer, int blocks, cudaStream_t stream) {
+  using Element = ElementOf<kDType>;
+  const bool gated = IsGated(layer.gemm[0].activation);
+  if constexpr (kKind == WeightKind::kInt4) {
+    if (layer.gemm[0].group_size == DecodeChunk(kKind)) {
+      return gated ? Launch<Element, kKind, kTokenBlocks, true, true>(layer, blocks, stream)
+                   : Launch<Element, kKind, kTokenBlocks, false, true>(layer, blocks, stream);
+    }
+  }
+  return gated ? Launch<Element, kKind, kTokenBlocks, true, false>(layer, blocks, stream)
+               : Launch<Element, kKind, kTokenBlocks, false, false>(layer, blocks, stream);
+}
+
 }  // namespace
 
 template <DType kDType, WeightKind kKind>
 cudaError_t LaunchDecodeLayer(int kernel, const DecodeLayer& layer, int blocks,
                               cudaStream_t stream) {
-  using Element = ElementOf<kDType>;
   static_assert(kNumDecodeKernels == 2, "one line for each");
-  if (IsGated(layer.gemm[0].activation)) {
-    return kernel == 0 ? Launch<Element, kKind, kDecodeTokenBlocks[0], true>(layer, blocks, stream)
-                       : Launch<Element, kKind, kDecodeTokenBlocks[1], true>(layer, blocks, stream);
-  }
-  return kernel == 0 ? Launch<Element, kKind, kDecodeTokenBlocks[0], false>(layer, blocks, stream)
-                     : Launch<Element, kKind, kDecodeTokenBlocks[1], false>(layer, blocks, stream);
+  return kernel == 0 ? Launch<kDType, kKind, kDecodeTokenBlocks[0]>(layer, blocks, stream)
+                     : Launch<kDType, kKind, kDecodeTokenBlocks[1]>(layer, blocks, stream);
 }
 
 template cudaError_t LaunchDecodeLayer<DType::MOE_DTYPE, WeightKind::MOE_WEIGHTS>(

@@ -32,6 +32,12 @@ struct DecodeShared {
   __device__ static uint16_t* Slots() {
     return reinterpret_cast<uint16_t*>(Passes() + kDecodeMaxSlots + 2);
   }
+  // [warps], at the end.
+  __device__ static DecodePlan* Plans() {
+    return reinterpret_cast<DecodePlan*>(decode_shared + DecodeSharedMemory(kTokenBlocks)) -
+           kDecodeThreads / 32;
+  }
+  __device__ static int& NumPasses() { return reinterpret_cast<int*>(Plans())[-1]; }
   // [experts], while routing, in the place of the sums: first slot and, in the lower half, number of
   // slots.
   __device__ static uint32_t* Experts() { return reinterpret_cast<uint32_t*>(decode_shared); }
@@ -44,9 +50,9 @@ __device__ inline int32_t LocalExpert(const DecodeLayer& layer, int slot) {
   return expert < static_cast<uint32_t>(layer.num_experts) ? static_cast<int32_t>(expert) : -1;
 }
 
-// By the whole block. Returns the number of passes.
+// By the whole block. Leaves the lists, and the number of passes, in shared memory.
 template <int kTokenBlocks>
-__device__ int Route(const DecodeLayer& layer) {
+__device__ void Route(const DecodeLayer& layer) {
   using Shared = DecodeShared<kTokenBlocks>;
   constexpr uint32_t kPassSlots = 8 * kTokenBlocks;
   constexpr int kWarps = kDecodeThreads / 32;
@@ -103,7 +109,10 @@ __device__ int Route(const DecodeLayer& layer) {
     __syncthreads();  // before warp_sums is written again, and for the readers of Experts()
   }
   const int num_passes = static_cast<int>(carry & 0xffff);
-  if (threadIdx.x == 0) Shared::Passes()[num_passes] = {0, static_cast<uint16_t>(carry >> 16)};
+  if (threadIdx.x == 0) {
+    Shared::Passes()[num_passes] = {0, static_cast<uint16_t>(carry >> 16)};
+    Shared::NumPasses() = num_passes;
+  }
 #pragma unroll
   for (int i = 0; i < kSlotsPerThread; ++i) {
     if (expert[i] < 0) continue;
@@ -133,7 +142,6 @@ __device__ int Route(const DecodeLayer& layer) {
         static_cast<uint16_t>(threadIdx.x + i * kDecodeThreads);
   }
   __syncthreads();
-  return num_passes;
 }
 
 }  // namespace moe::sm80
