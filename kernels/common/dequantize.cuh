@@ -92,30 +92,37 @@ __device__ inline void DequantizeBytes(uint32_t bytes, uint32_t flip, __nv_bfloa
   }
 }
 
-// Eight INT4 weights, u = q + 8, to four pairs of q * scale. `scale` is what GroupScale gives.
+// Eight INT4 weights, u = q + 8, to four pairs of q.
 
 // The odd weight of a byte stays where it is, 4 bits up: 1024 + 16 u, to be divided by 16.
-__device__ inline void DequantizeInt4(uint32_t word, uint32_t scale, __half, uint32_t (&pair)[4]) {
+__device__ inline void CenterInt4(uint32_t word, __half, uint32_t (&pair)[4]) {
   constexpr uint32_t kFactor = 0x2c003c00u;  // 1, 1/16
   constexpr uint32_t kExcess = 0xd480e408u;  // -(1024 + 8), -(64 + 8)
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t magic = __byte_perm(word, 0x64646464u, 0x4040 | i | i << 8) & 0xfff0ff0fu;
-    const __half2 q =
-        __hfma2(AsPair<__half>(magic), AsPair<__half>(kFactor), AsPair<__half>(kExcess));
-    pair[i] = Multiply<__half>(AsBits(q), scale);
+    pair[i] =
+        AsBits(__hfma2(AsPair<__half>(magic), AsPair<__half>(kFactor), AsPair<__half>(kExcess)));
   }
 }
 
-__device__ inline void DequantizeInt4(uint32_t word, uint32_t scale, __nv_bfloat16,
-                                      uint32_t (&pair)[4]) {
+__device__ inline void CenterInt4(uint32_t word, __nv_bfloat16, uint32_t (&pair)[4]) {
   const uint32_t odd = word >> 4;
 #pragma unroll
   for (int i = 0; i < 4; ++i) {
     const uint32_t spread = __byte_perm(word, odd, i | i << 4 | (4 + i) << 8 | (4 + i) << 12);
     const uint32_t magic = MaskOr<0x000f000fu>(spread, 0x43004300u);  // 128 + u
-    pair[i] = Multiply<__nv_bfloat16>(Subtract<__nv_bfloat16>(magic, 0x43084308u), scale);
+    pair[i] = Subtract<__nv_bfloat16>(magic, 0x43084308u);
   }
+}
+
+// To four pairs of q * scale. `scale` is what GroupScales gives.
+template <typename Element>
+__device__ inline void DequantizeInt4(uint32_t word, uint32_t scale, Element element,
+                                      uint32_t (&pair)[4]) {
+  CenterInt4(word, element, pair);
+#pragma unroll
+  for (int i = 0; i < 4; ++i) pair[i] = Multiply<Element>(pair[i], scale);
 }
 
 // Eight MXFP4 weights to four pairs. The sign and the three other bits of an e2m1 number are moved

@@ -106,10 +106,10 @@ class Sm80Backend final : public Backend {
     std::vector<Tactic> tactics;
     for (const Tile& tile : kTiles) {
       Tactic tactic;
-      tactic.name = tile.name;
+      tactic.name = std::string(tile.name) + "x" + std::to_string(tile.step(kind));
       tactic.tile_m = tile.m;
       tactic.tile_n = tile.n;
-      tactic.tile_k = tile.k;
+      tactic.tile_k = tile.step(kind);
       tactic.stages = tile.stages[static_cast<int>(kind)];
       tactic.threads = tile.threads();
       tactic.shared_memory = tile.shared_memory(kind);

@@ -4,7 +4,7 @@
 //
 //   bytes   touched weights and rows, each once, at the bandwidth that the tile can keep busy
 //   waves   (tiles in a row for the busiest block) * (time of a tile), where a tile takes
-//           steps * (step + block * 16-row blocks that hold rows) + tile
+//           steps * (step + block * blocks of rows that hold any) + tile
 //
 // joined smoothly, since near the crossing each slows the other. How many row tiles an expert
 // needs is the expectation over Poisson-distributed rows: the host does not know the routing.
@@ -32,40 +32,34 @@ constexpr Device kFittedOn = {132, 232448, 233472};
 constexpr int kReserved = 1024;  // the driver takes 1 KiB of shared memory a block
 
 struct Cost {
-  double step;       // us a k step
-  double block;      // us a k step and 16-row block that holds rows
-  double tile;       // us a tile: epilogue and what of the prologue shows
+  double step;  // us a k step
+  double
+      block;    // us a k step and block of rows that holds any: 8 where weights are unpacked, or 16
+  double tile;  // us a tile: epilogue and what of the prologue shows
   double bandwidth;  // TB/s of the whole chip
 };
 
 // By tile, then bits of a weight: 16, 8, 4.
 constexpr Cost kCosts[][3] = {
-    {{0.404, 0.006, 1.14, 4.29},
-     {0.679, 0.119, 2.60, 3.07},
-     {0.705, 0.130, 1.80, 1.76}},  // 16x64x128
-    {{0.268, 0.073, 1.99, 4.20},
-     {0.691, 0.018, 1.96, 3.46},
-     {0.673, 0.017, 1.58, 1.72}},  // 16x128x64
-    {{0.494, 0.001, 1.67, 4.30},
-     {0.554, 0.088, 2.34, 4.40},
-     {0.689, 0.065, 1.52, 1.87}},  // 32x128x64
-    {{0.684, 0.023, 2.50, 4.40},
-     {0.594, 0.072, 2.57, 4.40},
-     {0.754, 0.066, 2.02, 4.40}},  // 64x128x64
-    {{0.571, 0.093, 2.85, 4.40},
-     {0.793, 0.080, 3.40, 4.40},
-     {0.841, 0.085, 2.59, 4.40}},  // 128x128x64
-    {{0.639, 0.082, 2.93, 4.40},
-     {0.848, 0.066, 3.56, 4.09},
-     {0.893, 0.067, 3.07, 4.40}},  // 128x256x64
-    {{0.462, 0.050, 3.48, 4.40},
-     {0.618, 0.047, 3.15, 4.40},
-     {0.737, 0.045, 2.91, 4.40}},  // 256x128x64
+    {{0.395, 0.066, 2.14, 3.36}, {0.447, 0.056, 3.32, 4.40}, {0.154, 0.257, 3.64, 2.52}},  // 16x64
+    {{0.397, 0.009, 3.05, 3.44}, {0.370, 0.332, 3.35, 3.67}, {0.050, 0.550, 3.02, 2.47}},  // 16x128
+    {{0.845, 0.002, 1.91, 4.37}, {0.433, 0.090, 5.34, 4.04}, {0.660, 0.112, 3.02, 3.00}},  // 32x64
+    {{0.437, 0.002, 3.37, 4.13}, {0.174, 0.217, 5.93, 3.60}, {0.736, 0.329, 2.97, 3.00}},  // 32x128
+    {{0.711, 0.004, 2.85, 4.29}, {0.440, 0.050, 2.71, 4.40}, {0.763, 0.094, 2.70, 4.40}},  // 64x128
+    {{0.576, 0.088, 3.47, 4.06},
+     {0.949, 0.063, 4.54, 4.40},
+     {0.787, 0.082, 4.18, 4.40}},  // 128x128
+    {{0.639, 0.070, 4.80, 4.06},
+     {0.923, 0.054, 5.29, 4.40},
+     {0.891, 0.065, 4.49, 3.00}},  // 128x256
+    {{0.509, 0.048, 3.93, 4.40},
+     {0.625, 0.042, 4.73, 4.40},
+     {0.730, 0.040, 4.06, 3.00}},  // 256x128
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
 
 // Microseconds of a layer in tiles beside those of its GEMMs: routing, finalize, four launches.
-constexpr double kTilesOverhead = 13.0;
+constexpr double kTilesOverhead = 11.0;
 
 // One launch for the layer takes `start` and its weights, as often as they are passed over.
 struct DecodeCost {
@@ -75,8 +69,8 @@ struct DecodeCost {
 
 // By kernel, then bits of a weight.
 constexpr DecodeCost kDecodeCosts[][3] = {
-    {{11.0, 4.15}, {12.8, 3.59}, {11.8, 2.42}},
-    {{12.0, 4.05}, {14.1, 3.46}, {12.0, 1.94}},
+    {{15.2, 4.20}, {15.5, 3.64}, {12.1, 2.90}},
+    {{14.9, 4.07}, {14.8, 3.32}, {14.4, 2.51}},
 };
 static_assert(sizeof(kDecodeCosts) / sizeof(kDecodeCosts[0]) == kNumDecodeKernels, "one row each");
 
@@ -114,7 +108,7 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
   const Cost& cost = kCosts[index][CostColumn(kind)];
   const double column_tiles = std::ceil(shape.weight_rows / tile.n);
   const double row_tiles = RowTiles(shape.rows_per_expert, tile.m);
-  const double row_blocks = RowTiles(shape.rows_per_expert, 16);
+  const double row_blocks = RowTiles(shape.rows_per_expert, tile.unpacks(kind) ? 8 : 16);
 
   // Blocks of a multiprocessor share it: alone, each runs faster, down to the 8 warps that the
   // mainloop needs to hide its own latency.
@@ -123,7 +117,7 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
   const double warps = resident * tile.threads() / 32;
   const double sharing = resident / fitted * std::max(1.0, 8.0 / warps);
 
-  const double steps = std::ceil(shape.k / tile.k);
+  const double steps = std::ceil(shape.k / tile.step(kind));
   const double tile_time =
       sharing * (steps * (cost.step + cost.block * row_blocks / row_tiles) + cost.tile);
   const double waves =

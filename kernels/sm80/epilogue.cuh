@@ -55,24 +55,21 @@ __device__ inline void StoreRow(uint16_t* out, const float (&value)[kVector], DT
   }
 }
 
-template <typename T, typename Accumulators>
-__device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Accumulators& acc) {
+// `Consumer` says which rows and columns a thread's accumulators belong to.
+template <typename T, typename Consumer>
+__device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item,
+                         const typename Consumer::Accumulators& acc) {
   using Columns = typename T::Columns;
   constexpr int kVector = Columns::kVector;
-  const int lane = threadIdx.x % 32;
-  const WarpPlace warp = GetWarpPlace<T>();
-  const int first_row = warp.m * 16 + lane / 4;
-  const int first_column = item.column + warp.n * Columns::kWarpColumns + lane % 4 * kVector;
 
-  float row_scale[T::kMmaM][2];
+  float row_scale[Consumer::kThreadRows];
+  if constexpr (!T::kGated) {
 #pragma unroll
-  for (int m = 0; m < T::kMmaM; ++m) {
-#pragma unroll
-    for (int half = 0; half < 2; ++half) {
-      row_scale[m][half] = 1.0f;
-      const int row = first_row + m * kRowBlockStep<T> + half * 8;
+    for (int i = 0; i < Consumer::kThreadRows; ++i) {
+      row_scale[i] = 1.0f;
+      const int row = Consumer::Row(i);
       if (gemm.slot_scales != nullptr && row < item.rows) {
-        row_scale[m][half] = __ldg(gemm.slot_scales + __ldg(gemm.row_slot + item.row_begin + row));
+        row_scale[i] = __ldg(gemm.slot_scales + __ldg(gemm.row_slot + item.row_begin + row));
       }
     }
   }
@@ -83,35 +80,30 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item, const Ac
         T::kGated ? LoadActivationScalars(gemm, item.expert) : ActivationScalars{};
 #pragma unroll
     for (int group = 0; group < Columns::kGroups; ++group) {
-      const int column = first_column + group * 8 * Columns::kGroup;
+      const int column = item.column + Consumer::Column(group);
       // columns is a multiple of 8, so a vector is inside or outside as a whole.
       if (column >= gemm.columns) continue;
       const int64_t expert_row = static_cast<int64_t>(item.expert) * Columns::kHalves;
       const Channels<T> up(gemm, expert_row * gemm.columns + column);
       const Channels<T> gate(gemm, (expert_row + Columns::kHalves - 1) * gemm.columns + column);
-      const int block = group * Columns::kGroup * Columns::kHalves;
 #pragma unroll
-      for (int m = 0; m < T::kMmaM; ++m) {
+      for (int i = 0; i < Consumer::kThreadRows; ++i) {
+        const int row = Consumer::Row(i);
+        if (row >= item.rows) continue;
+        float value[kVector];
 #pragma unroll
-        for (int half = 0; half < 2; ++half) {
-          const int row = first_row + m * kRowBlockStep<T> + half * 8;
-          if (row >= item.rows) continue;
-          float value[kVector];
-#pragma unroll
-          for (int v = 0; v < kVector; ++v) {
-            const int n = block + v / 2;
-            const int c = half * 2 + v % 2;
-            if constexpr (T::kGated) {
-              value[v] = ApplyGated<kActivation>(gate(v, acc[m][n + Columns::kGroup][c]),
-                                                 up(v, acc[m][n][c]), scalars);
-            } else {
-              value[v] = row_scale[m][half] * Apply<kActivation>(up(v, acc[m][n][c]));
-            }
+        for (int v = 0; v < kVector; ++v) {
+          const float sum = Consumer::Sum(acc, i, group, v, false);
+          if constexpr (T::kGated) {
+            value[v] = ApplyGated<kActivation>(gate(v, Consumer::Sum(acc, i, group, v, true)),
+                                               up(v, sum), scalars);
+          } else {
+            value[v] = row_scale[i] * Apply<kActivation>(up(v, sum));
           }
-          StoreRow(static_cast<uint16_t*>(gemm.out) +
-                       static_cast<int64_t>(item.row_begin + row) * gemm.columns + column,
-                   value, gemm.out_dtype);
         }
+        StoreRow(static_cast<uint16_t*>(gemm.out) +
+                     static_cast<int64_t>(item.row_begin + row) * gemm.columns + column,
+                 value, gemm.out_dtype);
       }
     }
   });

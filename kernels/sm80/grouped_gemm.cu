@@ -22,15 +22,17 @@
 //
 // The loop is flat over (tile, part of k) steps. A step multiplies one stage and, between its
 // mmas, starts the copies for the step kStages - 1 ahead, whichever tile that belongs to, into the
-// stage that was multiplied before; weights that are not stored in 16 bits are widened there, too,
-// one step ahead. Its last mmas run while the warps meet at the barrier that publishes the next
-// stage and while the first fragments of that one are loaded.
+// stage that was multiplied before. Weights that are not stored in 16 bits are unpacked in registers
+// in tiles of few rows; in others they are widened between the mmas, too, one step ahead. A step's
+// last mmas run while the warps meet at the barrier that publishes the next stage and while the
+// first fragments of that one are loaded.
 //
 // What bounds it. Few rows an expert: DRAM; an SM must keep 32 KiB or more in flight, which
 // (kStages - 1) stages of the resident blocks do. Many rows: the issue rate of mma.sync; a
 // 64x64 warp tile reads 4 KiB of shared memory for 32 mmas, half of what the banks can give.
 
 #include <cute/arch/copy_sm80.hpp>
+#include <type_traits>
 
 #include "kernels/sm80/epilogue.cuh"
 #include "kernels/sm80/grouped_gemm.h"
@@ -39,6 +41,7 @@
 #include "kernels/sm80/scheduler.cuh"
 #include "kernels/sm80/shared_memory.h"
 #include "kernels/sm80/traits.cuh"
+#include "kernels/sm80/unpacking_mainloop.cuh"
 
 namespace moe::sm80 {
 
@@ -49,17 +52,24 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 
   const Scheduler<T::kTile.m, T::kTileColumns> schedule(gemm);
   Loader<T> loader(gemm, schedule, shared, weight_flip);
-  Mainloop<T> mainloop(shared);
+  using Consumer = std::conditional_t<T::kUnpacks, UnpackingMainloop<T>, Mainloop<T>>;
+  Consumer mainloop(shared, weight_flip);
 
-#pragma unroll 1
+  // Scales of the steps under way: all of the first ones, then of the last.
+  typename Loader<T>::ScaleBits scales[T::kStages - 1];
+#pragma unroll(T::kUnpacks ? T::kStages : 1)
   for (int s = 0; s < T::kStages - 2; ++s) {
     loader.template Issue<0, 1>(s * T::kStageBytes);
     cute::cp_async_fence();
+    loader.LoadScales(scales[s]);
     loader.PushScales();
     loader.Advance();
   }
   loader.template Issue<0, 1>((T::kStages - 2) * T::kStageBytes);
   cute::cp_async_fence();
+  loader.LoadScales(scales[T::kStages - 2]);
+#pragma unroll
+  for (int s = 0; s < T::kStages - 2; ++s) loader.StoreScales(scales[s], s * T::kStageBytes);
   // Waits for the thread's own copies of the next step, which it then widens.
   auto arrive = [] { cute::cp_async_wait<T::kStages - 3>(); };
   // Warps with different numbers of active row blocks come to this barrier from different code. It
@@ -85,22 +95,28 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   int stage = 0;  // byte offset of the stage to multiply
   int wide = 0;   // its buffer
   for (int32_t work = blockIdx.x; work < schedule.work_items; work += gridDim.x) {
-    const int active = ActiveRowBlocks<T>(schedule.Decode(work).rows, GetWarpPlace<T>().m);
-    typename Mainloop<T>::Accumulators acc = {};
-    for (int k_left = gemm.k; k_left > 0; k_left -= T::kTile.k) {
+    const int active = Consumer::Active(schedule.Decode(work).rows);
+    typename Consumer::Accumulators acc = {};
+    for (int k_left = gemm.k; k_left > 0; k_left -= T::kStep) {
       const int next = stage == kLastStage ? 0 : stage + T::kStageBytes;
       const int previous = stage == 0 ? kLastStage : stage - T::kStageBytes;
       mainloop.Run(
           place(stage, wide), place(next, wide ^ 1), active, acc,
           [&](auto step) {
             constexpr int kPart = decltype(step)::value;
-            constexpr int kParts = T::kMmaK - 1;
+            constexpr int kParts = Consumer::kSteps - 1;
+            if constexpr (kPart == 0) {
+              // Those that were loaded last are of the step whose copies began before these.
+              const int last = previous == 0 ? kLastStage : previous - T::kStageBytes;
+              loader.StoreScales(scales[T::kStages - 2], last);
+            }
             if constexpr (T::kWidens && kPart == 0) arrive();
             loader.template Widen<kPart, kParts>(next, wide ^ 1);
             loader.template Issue<kPart, kParts>(previous);
             if constexpr (kPart == kParts - 1) cute::cp_async_fence();
           },
           publish);
+      loader.LoadScales(scales[T::kStages - 2]);
       loader.PushScales();
       loader.Advance();
       stage = next;
@@ -110,7 +126,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     // the loop would take registers that the widest tile does not have.
     int32_t same = work;
     asm volatile("" : "+r"(same));
-    Epilogue<T>(gemm, schedule.Decode(same), acc);
+    if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, schedule.Decode(same), acc);
   }
 }
 
@@ -130,14 +146,25 @@ cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
+template <int kTileIndex, DType kDType, WeightKind kKind, bool kScalesSums>
+cudaError_t LaunchWith(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
+  using Element = ElementOf<kDType>;
+  return IsGated(gemm.activation)
+             ? Launch<Traits<kTileIndex, Element, kKind, true, kScalesSums>>(gemm, blocks, stream)
+             : Launch<Traits<kTileIndex, Element, kKind, false, kScalesSums>>(gemm, blocks, stream);
+}
+
 }  // namespace
 
 template <int kTileIndex, DType kDType, WeightKind kKind>
 cudaError_t LaunchGroupedGemm(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
-  using Element = ElementOf<kDType>;
-  return IsGated(gemm.activation)
-             ? Launch<Traits<kTileIndex, Element, kKind, true>>(gemm, blocks, stream)
-             : Launch<Traits<kTileIndex, Element, kKind, false>>(gemm, blocks, stream);
+  constexpr Tile kTile = kTiles[kTileIndex];
+  if constexpr (kKind == WeightKind::kInt4 && kTile.unpacks(kKind)) {
+    if (gemm.group_size % kTile.step(kKind) == 0) {
+      return LaunchWith<kTileIndex, kDType, kKind, true>(gemm, blocks, stream);
+    }
+  }
+  return LaunchWith<kTileIndex, kDType, kKind, false>(gemm, blocks, stream);
 }
 
 template cudaError_t LaunchGroupedGemm<MOE_TILE, DType::MOE_DTYPE, WeightKind::MOE_WEIGHTS>(

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The producer half of the pipeline: cp.async from global memory into the stages, and the widening
-// of weights that are not stored in 16 bits.
+// The producer half of the pipeline: cp.async from global memory into the stages, scales of groups,
+// and the widening of weights that are not stored in 16 bits and that several warps share.
 //
 // Copies run kStages - 1 steps ahead of the mma, across tile boundaries: when the tensor cores
 // finish a tile, the first steps of the next are already in shared memory, so the flow of bytes
@@ -13,6 +13,10 @@
 // columns would do it again and again in their registers, and the mainloop is that of 16-bit
 // weights. (Widening in registers, in the order of bytes: 1.83 us a step of a 128x256 tile against
 // 1.31 with 16-bit weights.)
+//
+// Where each warp has its columns alone, unpacking_mainloop.cuh takes the weights as they are stored.
+// A thread then brings the scales of one weight row: they are loaded with the step's copies, and
+// stored to its stage a step later.
 //
 // What is loaded where nothing is to be loaded: beyond the end of k both operands are filled
 // with zeros (0 * 0 adds nothing, nor does 0 * whatever a weight of zeros stands for); rows and
@@ -55,11 +59,15 @@ class Loader {
                     uint32_t weight_flip)
       : gemm_(gemm), schedule_(schedule), weight_flip_(weight_flip), work_(blockIdx.x) {
     const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
-    shared_a_ = base + RowA() * T::kRowBytes + (ChunkA() ^ Swizzle(RowA())) * 16;
+    shared_a_ = base + RowA() * T::kRowBytes + (ChunkA() ^ SwizzleA<T>(RowA())) * 16;
+    shared_b_ = T::kWidens    ? base + T::kBytesA + threadIdx.x * 16
+                : T::kUnpacks ? base + T::kBytesA + StoredPlace()
+                              : shared_a_ + T::kBytesA;
     if constexpr (T::kWidens) {
       stored_ = shared + T::kBytesA + threadIdx.x * 16;
       wide_ = shared + T::kWideB + RowB() * T::kRowBytes;
     }
+    if constexpr (kGroups && T::kUnpacks) scales_ = shared + T::kScales;
     BeginTile();
   }
 
@@ -70,17 +78,16 @@ class Loader {
   __device__ void Issue(int stage) {
     const uint32_t k = static_cast<uint32_t>(gemm_.k);
     const uint32_t to_a = shared_a_ + stage;
+    const char* a = ChunkOfA();
     const int fill_a = ChunkA() * 8 < k_left_ ? 16 : 0;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsA; i += kParts) {
-      CopyAsync16(to_a + i * T::kRowStepA * T::kRowBytes, WideOffset(a_, k, twice_row_a_[i]),
+      CopyAsync16(to_a + i * T::kRowStepA * T::kRowBytes, WideOffset(a, k, twice_row_a_[i]),
                   copies_ & BitA(i), fill_a);
     }
-    const uint32_t to_b = T::kWidens
-                              ? static_cast<uint32_t>(__cvta_generic_to_shared(stored_)) + stage
-                              : to_a + T::kBytesA;
+    const uint32_t to_b = shared_b_ + stage;
     const int fill_b = ChunkB() * kWeightsOfChunk < k_left_ ? 16 : 0;
-    constexpr int kStep = T::kWidens ? T::kThreads * 16 : T::kRowStepB * T::kRowBytes;
+    constexpr int kStep = kStored ? T::kThreads * 16 : T::kRowStepB * T::kRowBytes;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsB; i += kParts) {
       const uint32_t row = RowOffset(i);
@@ -93,8 +100,8 @@ class Loader {
   // Moves on to the next step: the next part of k, or the next tile.
   __device__ void Advance() {
     a_ += T::kRowBytes;
-    rows_ += T::kTile.k * WeightBits(T::kKind) / 8;
-    k_left_ -= T::kTile.k;
+    rows_ += T::kStep * WeightBits(T::kKind) / 8;
+    k_left_ -= T::kStep;
     if (k_left_ <= 0) {
       work_ += gridDim.x;
       BeginTile();
@@ -140,7 +147,7 @@ class Loader {
   // Where there is nothing to copy some other scale is read: what comes of it is multiplied by
   // zeros or not stored.
   __device__ void PushScales() {
-    if constexpr (kGroups) {
+    if constexpr (kGroups && T::kWidens) {
 #pragma unroll
       for (int s = 0; s + 1 < kScaleSteps; ++s) {
 #pragma unroll
@@ -159,8 +166,54 @@ class Loader {
     }
   }
 
+  // Scales of unpacked weights: of a row's step, or of each 32 weights in it.
+  static constexpr int kStepScales = T::kScalesSums ? 1 : T::kStep / 32;
+  using ScaleBits = uint32_t[kStepScales];
+
+  // Loads the scales of the step that is being copied. Where there is nothing to copy some other
+  // scale is read, as above.
+  __device__ void LoadScales(ScaleBits& bits) const {
+    if constexpr (kGroups && T::kUnpacks) {
+      const int group_log2 = 31 - __clz(gemm_.group_size);
+      const int k_first = gemm_.k - k_left_;
+      const uint32_t first = first_scale_;
+#pragma unroll
+      for (int i = 0; i < kStepScales; ++i) {
+        // A group's scale is loaded once.
+        if (i > 0 && (i * 32 & (gemm_.group_size - 1)) != 0) {
+          bits[i] = bits[i - 1];
+          continue;
+        }
+        const uint32_t index[1] = {first + (min(k_first + i * 32, gemm_.k - 1) >> group_log2)};
+        uint32_t one[1];
+        LoadScaleBits<T::kKind>(gemm_.weight_scales, index, gemm_.weight_scale_dtype, one);
+        bits[i] = one[0];
+      }
+    }
+  }
+
+  // Stores them to the stage at byte offset `stage`, as factors of the row's sum over the step or of
+  // pairs of its weights. They lie as a lane wants them: rows 8 apart beside each other.
+  __device__ void StoreScales(const ScaleBits& bits, int stage) const {
+    if constexpr (kGroups && T::kUnpacks) {
+      static_assert(T::kThreads >= T::kTile.n, "a row each");
+      const int n = static_cast<int>(threadIdx.x);
+      if (T::kThreads > T::kTile.n && n >= T::kTile.n) return;
+      uint32_t factor[kStepScales];
+      GroupScales<Element, T::kKind>(bits, gemm_.weight_scale_dtype, factor);
+      const int place = n / T::kWarpN * T::kWarpN + n % 8 * (T::kWarpN / 8) + n % T::kWarpN / 8;
+      uint32_t* to = reinterpret_cast<uint32_t*>(scales_ + stage) + place;
+#pragma unroll
+      for (int i = 0; i < kStepScales; ++i) {
+        to[i * T::kTile.n] =
+            T::kScalesSums ? __float_as_uint(ToFloat2(AsPair<Element>(factor[i])).x) : factor[i];
+      }
+    }
+  }
+
  private:
   static_assert(T::kLoadsA + T::kLoadsB <= 32, "a bit a copy");
+  static constexpr bool kStored = T::kWidens || T::kUnpacks;  // weights lie there as in the tensor
   static constexpr int kWeightsOfChunk = 128 / WeightBits(T::kKind);
   static constexpr int kScaleSteps = T::kStages - 2;
   static constexpr uint32_t BitA(int i) { return 1u << i; }
@@ -172,6 +225,18 @@ class Loader {
   __device__ static int ChunkB() { return threadIdx.x % T::kStoredChunks; }
   __device__ static int RowA() { return threadIdx.x / T::kChunks; }
   __device__ static int RowB() { return threadIdx.x / T::kStoredChunks; }
+
+  // Where its first chunk of weights goes as they are stored, in bytes.
+  __device__ static int StoredPlace() {
+    return (RowB() * T::kStoredChunks + (ChunkB() ^ SwizzleStored<T>(RowB()))) * 16;
+  }
+
+  // The thread's chunk of the step, in the first row of the input. Where weights are unpacked it is
+  // found anew: registers are what the kernels for 32 rows lack.
+  __device__ const char* ChunkOfA() const {
+    if constexpr (!T::kUnpacks) return a_;
+    return static_cast<const char*>(gemm_.a) + ((gemm_.k - k_left_) * 2 + ChunkA() * 16);
+  }
 
   // The weight row of the thread's i-th load, from its first. Gate rows follow the up rows. The gate
   // bit of a row's place in the tile is either in the thread's own part of it, as in BeginTile(), or
@@ -211,17 +276,25 @@ class Loader {
     const int64_t row =
         item.expert * expert_rows + column + (Columns::IsGate(RowB()) ? gemm_.columns : 0);
     rows_ = static_cast<const char*>(gemm_.weights) + row * row_bytes + ChunkB() * 16;
-    if constexpr (kGroups) first_row_ = static_cast<uint32_t>(row);
+    if constexpr (kGroups && T::kWidens) first_row_ = static_cast<uint32_t>(row);
+    if constexpr (kGroups && T::kUnpacks) {
+      const int n = min(static_cast<int>(threadIdx.x), T::kTile.n - 1);
+      const int own = min(item.column + Columns::Column(n), gemm_.columns - 1);
+      const auto scale_row = static_cast<uint32_t>(item.expert * expert_rows + own +
+                                                   (Columns::IsGate(n) ? gemm_.columns : 0));
+      first_scale_ = scale_row * (static_cast<uint32_t>(gemm_.k) / gemm_.group_size);
+    }
   }
 
   const GroupedGemm& gemm_;
   const Schedule& schedule_;
   uint32_t weight_flip_;
   int32_t work_;
-  int32_t k_left_;                    // of the tile's k, from this step on: beyond it are zeros
-  uint32_t shared_a_;                 // where the thread's first chunk goes, in the first stage
-  uint32_t copies_;                   // which of the thread's copies the tile has
-  const char* a_ = nullptr;           // of the input, at the thread's chunk of the step
+  int32_t k_left_;           // of the tile's k, from this step on: beyond it are zeros
+  uint32_t shared_a_;        // where the thread's first chunk of A goes, in the first stage
+  uint32_t shared_b_;        // and that of B
+  uint32_t copies_;          // which of the thread's copies the tile has
+  const char* a_ = nullptr;  // of the input, at the thread's chunk of the step
   uint32_t twice_row_a_[T::kLoadsA];  // rows of the input; a row has 2 * k bytes
   const char* rows_ = nullptr;        // the thread's first weight row, at its chunk of the step
   // Weights that are widened:
@@ -229,8 +302,11 @@ class Loader {
   char* wide_;          // the thread's first row in the first of the two buffers
   // Weights with scales along k: the scales' bits, from the step to be widened next to the one that
   // is being copied. They are indexed with 32 bits, which RunLayer checks.
-  uint32_t scale_[kGroups ? kScaleSteps : 1][T::kLoadsB];
+  uint32_t scale_[kGroups && T::kWidens ? kScaleSteps : 1][T::kLoadsB];
   uint32_t first_row_;
+  // Weights that are unpacked:
+  char* scales_;              // in the first stage
+  uint32_t first_scale_ = 0;  // of the weight row whose scales the thread brings
 };
 
 }  // namespace moe::sm80

@@ -14,13 +14,6 @@
 
 namespace moe::sm80 {
 
-// Fragments of one k16 step of a warp.
-template <typename T>
-struct Fragments {
-  uint32_t a[T::kMmaM][4];
-  uint32_t b[T::kMmaN][2];
-};
-
 // Byte offsets of the operands of a step.
 struct StagePlace {
   int a;
@@ -29,10 +22,19 @@ struct StagePlace {
 
 template <typename T>
 class Mainloop {
- public:
-  using Accumulators = float[T::kMmaM][T::kMmaN][4];
+  using Columns = typename T::Columns;
+  static constexpr int kMmaM = T::kWarpM / 16;  // mma.m16n8k16 steps of a warp
+  static constexpr int kMmaN = T::kWarpN / 8;
+  // The 16-row blocks of a tile go round among the warps along m, so that those of a partly filled
+  // tile keep all of them busy: the rows of a warp's block m begin at this multiple of 16 rows, its
+  // first block's at warp.m * 16.
+  static constexpr int kRowBlockStep = T::kTile.warps_m * 16;
 
-  __device__ explicit Mainloop(const char* shared) : shared_(shared) {
+ public:
+  using Accumulators = float[kMmaM][kMmaN][4];
+  static constexpr int kSteps = T::kStep / 16;  // of a stage
+
+  __device__ Mainloop(const char* shared, uint32_t) : shared_(shared) {
     const int lane = threadIdx.x % 32;
     const WarpPlace warp = GetWarpPlace<T>();
     // Matrices in the order (rows 0-7, k 0-7), (rows 8-15, k 0-7), (0-7, 8-15), (8-15, 8-15).
@@ -45,8 +47,32 @@ class Mainloop {
     swizzle_b_ = (Swizzle(n) ^ lane / 8 % 2) * 16;
   }
 
+  // How many 16-row blocks of the warp hold any of a tile's rows.
+  __device__ static int Active(int rows) {
+    if (kMmaM == 1 && T::kTile.warps_m == 1) return 1;
+    return max(0, (rows - GetWarpPlace<T>().m * 16 + kRowBlockStep - 1) / kRowBlockStep);
+  }
+
+  // Where a thread's sums belong, for the epilogue: the i-th of its rows, the first of kVector
+  // columns of a group, and the sum in one of them.
+  static constexpr int kThreadRows = 2 * kMmaM;
+  __device__ static int Row(int i) {
+    return GetWarpPlace<T>().m * 16 + threadIdx.x % 32 / 4 + i / 2 * kRowBlockStep + i % 2 * 8;
+  }
+  __device__ static int Column(int group) {
+    return GetWarpPlace<T>().n * Columns::kWarpColumns + threadIdx.x % 4 * Columns::kVector +
+           group * 8 * Columns::kGroup;
+  }
+  __device__ static float Sum(const Accumulators& acc, int i, int group, int v, bool gate) {
+    const int n = (group * Columns::kHalves + gate) * Columns::kGroup + v / 2;
+    return acc[i / 2][n][i % 2 * 2 + v % 2];
+  }
+
+  // Whether the warp has the sums of its columns, which here it has alone.
+  __device__ bool Reduce(Accumulators&, char*) const { return true; }
+
   // Loads the first fragments of the first stage, once it is there.
-  __device__ void Prime(StagePlace first) { Load<T::kMmaM>(first, 0, fragments_[0]); }
+  __device__ void Prime(StagePlace first) { Load<kMmaM>(first, 0, fragments_[0]); }
 
   // Multiplies the stage at `stage`. `active` is how many of the warp's 16-row blocks hold rows.
   // Fragments are loaded one k16 step ahead, across stages too:
@@ -56,7 +82,7 @@ class Mainloop {
   //
   // Partly filled tiles skip the empty 16-row blocks, by straight code for each number of them: a
   // condition at each ldmatrix and mma made a tile with few rows as slow as a full one.
-  template <int kActive = T::kMmaM, typename Issue, typename Publish>
+  template <int kActive = kMmaM, typename Issue, typename Publish>
   __device__ void Run(StagePlace stage, StagePlace next, int active, Accumulators& acc,
                       Issue&& issue, Publish&& publish) {
     if constexpr (kActive > 0) {
@@ -66,18 +92,24 @@ class Mainloop {
   }
 
  private:
+  // Of one k16 step of a warp.
+  struct Fragments {
+    uint32_t a[kMmaM][4];
+    uint32_t b[kMmaN][2];
+  };
+
   template <int kActive, int kStep, typename Issue, typename Publish>
   __device__ void Steps(StagePlace stage, StagePlace next, Accumulators& acc, Issue& issue,
                         Publish& publish) {
-    static_assert(T::kMmaK % 2 == 0, "each stage begins with the same one of two fragments");
-    if constexpr (kStep < T::kMmaK) {
-      Fragments<T>& ahead = fragments_[(kStep + 1) % 2];
-      if constexpr (kStep + 1 < T::kMmaK) {
+    static_assert(kSteps % 2 == 0, "each stage begins with the same one of two fragments");
+    if constexpr (kStep < kSteps) {
+      Fragments& ahead = fragments_[(kStep + 1) % 2];
+      if constexpr (kStep + 1 < kSteps) {
         if constexpr (kActive > 0) Load<kActive>(stage, kStep + 1, ahead);
         issue(std::integral_constant<int, kStep>{});
       } else {
         publish();
-        Load<T::kMmaM>(next, 0, ahead);  // of the next tile, perhaps: all its rows
+        Load<kMmaM>(next, 0, ahead);  // of the next tile, perhaps: all its rows
       }
       if constexpr (kActive > 0) Multiply<kActive>(fragments_[kStep % 2], acc);
       Steps<kActive, kStep + 1>(stage, next, acc, issue, publish);
@@ -85,15 +117,15 @@ class Mainloop {
   }
 
   template <int kActive>
-  __device__ void Load(StagePlace stage, int step, Fragments<T>& f) const {
+  __device__ void Load(StagePlace stage, int step, Fragments& f) const {
     const char* a = shared_ + stage.a + offset_a_ + (step * 32 ^ swizzle_a_);
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {
-      Ldmatrix4(a + m * kRowBlockStep<T> * T::kRowBytes, f.a[m]);
+      Ldmatrix4(a + m * kRowBlockStep * T::kRowBytes, f.a[m]);
     }
     const char* b = shared_ + stage.b + offset_b_ + (step * 32 ^ swizzle_b_);
 #pragma unroll
-    for (int n = 0; n < T::kMmaN; n += 2) {
+    for (int n = 0; n < kMmaN; n += 2) {
       uint32_t r[4];
       Ldmatrix4(b + n * 8 * T::kRowBytes, r);
       f.b[n][0] = r[0];
@@ -104,11 +136,11 @@ class Mainloop {
   }
 
   template <int kActive>
-  __device__ void Multiply(const Fragments<T>& f, Accumulators& acc) const {
+  __device__ void Multiply(const Fragments& f, Accumulators& acc) const {
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {
 #pragma unroll
-      for (int n = 0; n < T::kMmaN; ++n) {
+      for (int n = 0; n < kMmaN; ++n) {
         float(&c)[4] = acc[m][n];
         Mma<typename T::Element>::fma(c[0], c[1], c[2], c[3], f.a[m][0], f.a[m][1], f.a[m][2],
                                       f.a[m][3], f.b[n][0], f.b[n][1], c[0], c[1], c[2], c[3]);
@@ -116,7 +148,7 @@ class Mainloop {
     }
   }
 
-  Fragments<T> fragments_[2];
+  Fragments fragments_[2];
   const char* shared_;
   int offset_a_;  // of the lane's first row of each operand
   int offset_b_;

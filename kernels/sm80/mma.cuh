@@ -21,6 +21,12 @@ __device__ inline void Ldmatrix4(const char* shared, uint32_t (&r)[4]) {
                                 r[3]);
 }
 
+// As many matrices as there are registers.
+__device__ inline void Ldmatrix(const char* shared, uint32_t (&r)[4]) { Ldmatrix4(shared, r); }
+__device__ inline void Ldmatrix(const char* shared, uint32_t (&r)[2]) {
+  cute::SM75_U32x2_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared), r[0], r[1]);
+}
+
 }  // namespace moe::sm80
 
 #endif  // KERNELS_SM80_MMA_CUH_

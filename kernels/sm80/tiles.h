@@ -11,24 +11,45 @@
 namespace moe::sm80 {
 
 struct Tile {
-  const char* name;
-  int m, n, k;                  // rows, weight rows and reduction length of a tile
-  int warps_m, warps_n;         // how the warps of a block divide it
+  const char* name;             // rows and weight rows; the reduction length follows it
+  int m, n;                     // rows and weight rows of a tile
+  int warps_m, warps_n;         // how the warps of a block divide it; see slices()
+  int k[kNumWeightKinds];       // reduction length of a step
   int stages[kNumWeightKinds];  // of the cp.async pipeline
   int blocks[kNumWeightKinds];  // a multiprocessor is meant to hold; memory may allow fewer
 
   constexpr int threads() const { return 32 * warps_m * warps_n; }
-  // A stage holds rows of the input and of the weights as they are stored.
-  constexpr int stage_bytes(WeightKind kind) const {
-    return m * k * 2 + n * k * WeightBits(kind) / 8;
+  // Weights that are not stored in 16 bits become it in registers, where no two warps share any,
+  // else in shared memory, once for all of them.
+  constexpr bool unpacks(WeightKind kind) const {
+    return kind != WeightKind::k16Bit && warps_m == 1;
   }
-  // Where weights are not stored in 16 bits, those of two steps lie there in 16 bits too.
+  constexpr bool widens(WeightKind kind) const {
+    return kind != WeightKind::k16Bit && !unpacks(kind);
+  }
+  // A warp takes 32 weight rows or more where it unpacks them. Where there are fewer for it, two
+  // warps share them and divide each step's k, and one adds the other's sums to its own.
+  constexpr int slices(WeightKind kind) const {
+    return unpacks(kind) && n / warps_n < 32 ? 32 * warps_n / n : 1;
+  }
+  constexpr int slice_bytes(WeightKind kind) const { return (slices(kind) - 1) * m * n * 4; }
+  // A stage holds rows of the input, of the weights as they are stored, and for each of them the
+  // scales of its groups where they are applied in registers.
+  constexpr int scale_bytes(WeightKind kind) const {
+    return unpacks(kind) && HasGroups(kind) ? n * step(kind) / 32 * 4 : 0;
+  }
+  constexpr int stage_bytes(WeightKind kind) const {
+    return m * step(kind) * 2 + n * step(kind) * WeightBits(kind) / 8 + scale_bytes(kind);
+  }
+  // Of weights that are widened in shared memory, those of two steps lie there in 16 bits, too.
   constexpr int wide_bytes(WeightKind kind) const {
-    return kind == WeightKind::k16Bit ? 0 : 2 * n * k * 2;
+    return widens(kind) ? 2 * n * step(kind) * 2 : 0;
   }
   constexpr int shared_memory(WeightKind kind) const {
-    return stages[static_cast<int>(kind)] * stage_bytes(kind) + wide_bytes(kind);
+    return stages[static_cast<int>(kind)] * stage_bytes(kind) + wide_bytes(kind) +
+           slice_bytes(kind);
   }
+  constexpr int step(WeightKind kind) const { return k[static_cast<int>(kind)]; }
 };
 
 // Few rows an expert: bytes in flight decide, so narrow tiles, deep pipelines and two or more
@@ -38,14 +59,15 @@ struct Tile {
 // most rows.
 // What each must fit: 163 KiB a block on A100, 99 KiB on sm_86 and sm_89.
 inline constexpr Tile kTiles[] = {
-    // name          m    n    k  warps  stages: 16, 8, 4, 4  blocks
-    {"16x64x128", 16, 64, 128, 1, 4, {4, 4, 4, 4}, {3, 2, 2, 2}},    //
-    {"16x128x64", 16, 128, 64, 1, 4, {4, 4, 5, 5}, {3, 3, 3, 3}},    //
-    {"32x128x64", 32, 128, 64, 1, 4, {4, 4, 5, 5}, {3, 2, 2, 2}},    //
-    {"64x128x64", 64, 128, 64, 1, 4, {3, 4, 4, 4}, {2, 2, 2, 2}},    //
-    {"128x128x64", 128, 128, 64, 2, 2, {3, 3, 3, 3}, {2, 2, 2, 2}},  //
-    {"128x256x64", 128, 256, 64, 2, 4, {3, 3, 3, 3}, {1, 1, 1, 1}},  //
-    {"256x128x64", 256, 128, 64, 4, 2, {3, 3, 3, 3}, {1, 1, 1, 1}},  //
+    // name     m    n   warps  k: 16, 8, 4, 4 bits    stages        blocks
+    {"16x64", 16, 64, 1, 4, {128, 128, 128, 128}, {4, 4, 4, 4}, {3, 3, 4, 4}},   //
+    {"16x128", 16, 128, 1, 4, {64, 128, 128, 128}, {4, 3, 3, 3}, {3, 3, 4, 4}},  //
+    {"32x64", 32, 64, 1, 4, {128, 128, 128, 128}, {3, 3, 3, 3}, {3, 3, 4, 4}},   //
+    {"32x128", 32, 128, 1, 4, {64, 64, 128, 128}, {4, 4, 3, 3}, {3, 4, 4, 4}},   //
+    {"64x128", 64, 128, 1, 4, {64, 64, 128, 128}, {3, 3, 3, 3}, {2, 2, 2, 2}},   //
+    {"128x128", 128, 128, 2, 2, {64, 64, 64, 64}, {3, 3, 3, 3}, {2, 2, 2, 2}},   //
+    {"128x256", 128, 256, 2, 4, {64, 64, 64, 64}, {3, 3, 3, 3}, {1, 1, 1, 1}},   //
+    {"256x128", 256, 128, 4, 2, {64, 64, 64, 64}, {3, 3, 3, 3}, {1, 1, 1, 1}},   //
 };
 inline constexpr int kNumTiles = sizeof(kTiles) / sizeof(kTiles[0]);
 

@@ -7,6 +7,7 @@
 #define KERNELS_SM80_TRAITS_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/sm80/tiles.h"
 
@@ -45,49 +46,72 @@ struct ColumnMap {
   }
 };
 
-template <int kTileIndex, typename Element_, WeightKind kKind_, bool kGated_>
+// The same where weights take the 16-row side of the mma, as in unpacking_mainloop.cuh: lane 4g + q
+// then has rows g of each 8-row block of its warp's weights, which become adjacent columns. For a
+// gated activation the second half of the blocks are gate rows.
+template <int kWarpN, bool kGated>
+struct RowMap {
+  static constexpr int kHalves = kGated ? 2 : 1;
+  static constexpr int kGroups = 1;
+  static constexpr int kVector = kWarpN / 8 / kHalves;
+  static constexpr int kWarpColumns = kWarpN / kHalves;
+
+  __host__ __device__ static constexpr int Column(int n) {
+    return n / kWarpN * kWarpColumns + n % 8 * kVector + n % kWarpN / 8 % kVector;
+  }
+  __host__ __device__ static constexpr bool IsGate(int n) { return n % kWarpN / 8 >= kVector; }
+};
+
+// Where groups are no shorter than a step, a weight row's sum over the step is scaled, once, instead
+// of its weights: kScalesSums.
+template <int kTileIndex, typename Element_, WeightKind kKind_, bool kGated_, bool kScalesSums_>
 struct Traits {
   using Element = Element_;  // __half or __nv_bfloat16
   static constexpr WeightKind kKind = kKind_;
-  static constexpr bool kWidens = kKind != WeightKind::k16Bit;
   static constexpr bool kGated = kGated_;
+  static constexpr bool kScalesSums = kScalesSums_;
   static constexpr Tile kTile = kTiles[kTileIndex];
+  static constexpr int kStep = kTile.step(kKind);         // of the reduction
+  static constexpr bool kUnpacks = kTile.unpacks(kKind);  // weights, in registers
+  static constexpr bool kWidens = kTile.widens(kKind);    // in shared memory
 
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages[static_cast<int>(kKind)];
   static constexpr int kBlocks = kTile.blocks[static_cast<int>(kKind)];
   static constexpr int kWarpM = kTile.m / kTile.warps_m;
-  static constexpr int kWarpN = kTile.n / kTile.warps_n;
-  static constexpr int kMmaM = kWarpM / 16;  // mma.m16n8k16 steps of a warp
-  static constexpr int kMmaN = kWarpN / 8;
-  static constexpr int kMmaK = kTile.k / 16;
-  using Columns = ColumnMap<kWarpN, kGated>;
+  static constexpr int kSlices = kTile.slices(kKind);  // of a step's k, each a warp's
+  static constexpr int kWarpsN = kTile.warps_n / kSlices;
+  static constexpr int kWarpN = kTile.n / kWarpsN;
+  using Columns = std::conditional_t<kUnpacks, RowMap<kWarpN, kGated>, ColumnMap<kWarpN, kGated>>;
   static constexpr int kTileColumns = kTile.n / Columns::kHalves;  // of the output
 
   // Shared memory: the stages, each A [m][k] in rows of 16-byte chunks, swizzled, and then
   //   16-bit weights: B [n][k] likewise;
-  //   others: the weights as they are stored, each chunk where the thread that loads and widens it
-  //   finds it. Behind the stages, two buffers of B [n][k] in 16 bits.
-  static constexpr int kRowBytes = kTile.k * 2;  // of A and B
+  //   unpacked ones: B [n][k] as it is stored, likewise, and the scales of groups, [n][k / 32];
+  //   widened ones: as they are stored, each chunk where the thread that loads and widens it finds
+  //   it. Behind the stages, two buffers of B [n][k] in 16 bits.
+  static constexpr int kRowBytes = kStep * 2;  // of A, and of B in 16 bits
   static constexpr int kChunks = kRowBytes / 16;
+  static constexpr int kStoredChunks = kStep * WeightBits(kKind) / 128;  // of a weight row
   static constexpr int kBytesA = kTile.m * kRowBytes;
-  static constexpr int kBytesB = kTile.n * kRowBytes;
+  static constexpr int kBytesB = kTile.n * kRowBytes;                     // in 16 bits
+  static constexpr int kScales = kBytesA + kTile.n * kStoredChunks * 16;  // where a stage has them
   static constexpr int kStageBytes = kTile.stage_bytes(kKind);
   static constexpr int kWideB = kStages * kStageBytes;  // byte offset of the two buffers
+  static constexpr int kSliceSums = kWideB + kTile.wide_bytes(kKind);  // behind those
   static constexpr int kSharedMemory = kTile.shared_memory(kKind);
 
   // Loads of a stage: a thread takes one chunk of every kRowStep-th row.
-  static constexpr int kStoredChunks = kTile.k * WeightBits(kKind) / 128;  // of a weight row
   static constexpr int kRowStepA = kThreads / kChunks;
   static constexpr int kRowStepB = kThreads / kStoredChunks;
   static constexpr int kLoadsA = kTile.m / kRowStepA;
   static constexpr int kLoadsB = kTile.n / kRowStepB;
 
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps take whole mma pairs");
-  static_assert(kTile.k % 64 == 0, "the swizzle below is for rows of 128 bytes or more");
+  static_assert(kStep % 64 == 0, "the swizzles below are for rows of 128 bytes or more");
   static_assert(kTile.m % kRowStepA == 0 && kTile.n % kRowStepB == 0, "loads divide evenly");
   static_assert(kRowStepA % 8 == 0 && kRowStepB % 8 == 0,
-                "a thread's rows differ in no bit that the swizzle uses");
+                "a thread's rows differ in no bit that the swizzles use");
   static_assert(kStages >= 3, "a step is widened and another loaded while one is multiplied");
   static_assert(kSharedMemory <= 163 * 1024, "A100 gives a block 163 KiB");
 };
@@ -96,29 +120,31 @@ struct Traits {
 // chunk, which must fall into 8 different groups of 4 banks.
 __device__ constexpr int Swizzle(int row) { return row % 8; }
 
-// The 16-row blocks of a tile go round among the warps along m, so that those of a partly filled
-// tile keep all of them busy: the rows of a warp's block m begin at this multiple of 16 rows, its
-// first block's at warp.m * 16.
+// Where weights are unpacked, A is read by lanes 4g + q as 1/4 of what row g has beside a chunk of
+// stored weights: kRead bytes of a row at once. The rows that are read together, 128 bytes of them,
+// must not meet in the banks.
 template <typename T>
-inline constexpr int kRowBlockStep = T::kTile.warps_m * 16;
-
-// How many 16-row blocks of a warp hold any of a tile's rows.
+inline constexpr int kRead = 256 / WeightBits(T::kKind);
 template <typename T>
-__device__ inline int ActiveRowBlocks(int rows, int warp_m) {
-  return T::kMmaM == 1 && T::kTile.warps_m == 1
-             ? 1
-             : max(0, (rows - warp_m * 16 + kRowBlockStep<T> - 1) / kRowBlockStep<T>);
+__device__ constexpr int SwizzleA(int row) {
+  return T::kUnpacks ? row % (128 / kRead<T>)*(kRead<T> / 16) : Swizzle(row);
+}
+// Rows of stored weights may be shorter than 128 bytes; then several share the banks.
+template <typename T>
+__device__ constexpr int SwizzleStored(int row) {
+  return row * T::kStoredChunks / 8 % T::kStoredChunks;
 }
 
 // The warp's place in the tile. The shuffle tells the compiler that all lanes agree on it.
 struct WarpPlace {
   int m;
   int n;
+  int slice;
 };
 template <typename T>
 __device__ inline WarpPlace GetWarpPlace() {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  return {warp / T::kTile.warps_n, warp % T::kTile.warps_n};
+  return {warp / T::kTile.warps_n, warp % T::kWarpsN, warp % T::kTile.warps_n / T::kWarpsN};
 }
 
 }  // namespace moe::sm80

@@ -130,12 +130,12 @@ def forced_tactics(first: int, second: int) -> Iterator[None]:
 
 
 def sweep(layer: Layer, seconds: Callable[[], float]) -> dict[str, Any]:
-    """Times every tactic as GEMM 1's, then as GEMM 2's beside the best first.
+    """Times every tactic as GEMM 1's, then as GEMM 2's beside the best first; and whole layers.
 
     Returns:
         The library's choice, and seconds by tactic name: {"chosen": [names],
-        "chosen_seconds": s, "gemm1": {name: s}, "gemm2": {name: s}, "best": [names],
-        "best_seconds": s}.
+        "chosen_seconds": s, "gemm1": {name: s}, "gemm2": {name: s}, "layer": {name: s},
+        "best": [names], "best_seconds": s}.
     """
     names = [tactic.name for tactic in tactics_of(layer)]
     chosen = default_tactics(layer)
@@ -149,12 +149,22 @@ def sweep(layer: Layer, seconds: Callable[[], float]) -> dict[str, Any]:
             return seconds()
 
     supported = supported_tactics(layer)
-    firsts = {index: timed(index, chosen[1]) for index in supported}
+    firsts = {
+        index: timed(index, chosen[1] if chosen[1] in supported else index) for index in supported
+    }
     best_first = min(firsts, key=lambda index: firsts[index])
     seconds_by_second = {index: timed(best_first, index) for index in supported}
-    best_second = min(seconds_by_second, key=lambda index: seconds_by_second[index])
+    pairs = {(best_first, index): value for index, value in seconds_by_second.items()}
+    limit = torch.cuda.get_device_properties(layer.x.device).shared_memory_per_block_optin
+    layers = {
+        pair: timed(*pair)
+        for pair in _extension.require("sm80").whole_layer_tactics("sm80", _problem(layer), limit)
+    }
+    pairs |= layers
+    best = min(pairs, key=lambda pair: pairs[pair])
+    found["best"] = [names[index] for index in best]
+    found["best_seconds"] = pairs[best]
+    found["layer"] = {names[pair[0]]: value for pair, value in layers.items()}
     found["gemm1"] = {names[index]: value for index, value in firsts.items()}
     found["gemm2"] = {names[index]: value for index, value in seconds_by_second.items()}
-    found["best"] = [names[best_first], names[best_second]]
-    found["best_seconds"] = seconds_by_second[best_second]
     return found
