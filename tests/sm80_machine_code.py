@@ -33,10 +33,11 @@ pytestmark = pytest.mark.skipif(
 _GEMM = "GroupedGemmKernel"
 _DECODE = "DecodeLayerKernel"
 
-# Kernels of a tactic: two dtypes, four kinds of weights, with a gate and without. For few tokens,
-# INT4 has one more of each, for groups of 128.
+# Kernels of a tactic: two dtypes, four kinds of weights, with a gate and without. INT4 has one more
+# of each, for groups of 128, for few tokens and in tiles of few rows.
 _PER_TACTIC = 2 * 4 * 2
-_PER_WHOLE_LAYER_TACTIC = 2 * 5 * 2
+_WITH_GROUPS_OF_128 = 2 * 5 * 2
+_ROWS_OF_A_LOW_TILE = 64  # or fewer
 
 
 def _tool() -> str:
@@ -138,14 +139,17 @@ def test_sm80_code_comes_with_its_ptx() -> None:
 
 def test_every_tactic_has_its_kernels() -> None:
     assert extension.C is not None
-    tactics = extension.C.tactics("sm80")
-    for name, whole_layer, kernels in (
-        (_GEMM, False, _PER_TACTIC),
-        (_DECODE, True, _PER_WHOLE_LAYER_TACTIC),
-    ):
-        found = [kernel for kernel in resources() if name in kernel.name]
-        wanted = sum(tactic.whole_layer == whole_layer for tactic in tactics)
-        assert len(found) == wanted * kernels * len(expected_architectures()), name
+    wanted = {_GEMM: 0, _DECODE: 0}
+    for tactic in extension.C.tactics("sm80"):
+        if tactic.whole_layer or tactic.tile_m <= _ROWS_OF_A_LOW_TILE:
+            wanted[_DECODE if tactic.whole_layer else _GEMM] += _WITH_GROUPS_OF_128
+        else:
+            wanted[_GEMM] += _PER_TACTIC
+    for name, kernels in wanted.items():
+        found = {
+            (kernel.architecture, kernel.name) for kernel in resources() if name in kernel.name
+        }
+        assert len(found) == kernels * len(expected_architectures()) > 0, name
 
 
 def test_the_extension_is_small() -> None:

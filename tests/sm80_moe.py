@@ -4,8 +4,8 @@
 The sample and the edge cases come from cases.py. Each case runs twice, with memory poisoned
 differently, has to give the same bits, to write nothing outside its buffers, and to be close to
 the reference as a whole, in each row and in each element. How one call behaves among others
-(graphs, streams, sizes beyond 2^31, every tactic) is in sm80_calls.py; what needs no GPU in
-sm80_choices.py.
+(graphs, streams) is in sm80_calls.py, sizes beyond 2^31 are in sm80_large.py; every tactic is
+tried in sm80_tactics.py, on exact numbers in sm80_exact.py, beside other rows in sm80_rows.py.
 """
 
 from __future__ import annotations

@@ -209,6 +209,15 @@ def forced(**settings: Any) -> Iterator[None]:
         C.run = run
 
 
+def each_tactic(case: Case) -> Iterator[tuple[Any, tuple[int, int]]]:
+    """What runs the case on this GPU: a tactic, and the pair that forces it on both products."""
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    pairs = {(index, index) for index in C.supported_tactics("sm80", problem_of(case), limit)}
+    assert pairs
+    for pair in sorted(pairs | set(whole_layer_pairs(case, limit))):
+        yield tactics_for(case.weights)[pair[0]], pair
+
+
 _TACTICS_SHAPES = {
     "odd": Case("tactic", 328, 176, 6, 3, 33, biases="both", routing="garbage"),
     "few": Case("tactic", 512, 256, 16, 2, 5, dtype="float16"),

@@ -33,7 +33,7 @@ LAYER = Layer(
     weight_scales="float32",
     group_size=64,
 )
-ENTRY = Entry(("16x64x128", "16x128x64"), ("16x64x128", "32x128x64"), 31.2, 33.0, "given")
+ENTRY = Entry(("16x64x128", "16x128x128"), ("16x64x128", "32x128x128"), 31.2, 33.0, "given")
 RESULTS = {
     Key(A100, "0.1.0", LAYER): {1: ENTRY, 64: dataclasses.replace(ENTRY, routing="skewed")},
     Key(A10, "0.1.0", LAYER): {8: ENTRY},
@@ -80,7 +80,7 @@ def test_round_trip(tmp_path: pathlib.Path) -> None:
     assert path.read_text() == text, "the order is not fixed"
     json.loads(text)
     (line,) = (line for line in text.splitlines() if line.strip().startswith('"4096"'))
-    assert "16x128x64" in line and "31.2" in line, "one line for each number of tokens"
+    assert "16x128x128" in line and "31.2" in line, "one line for each number of tokens"
     assert [p.name for p in tmp_path.iterdir()] == ["tactics.json"]
     mask = os.umask(0o022)
     os.umask(mask)
