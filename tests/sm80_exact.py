@@ -176,12 +176,31 @@ def test_exact_numbers(dtype: str, weights: str, dense: str) -> None:
             )
             if weight_scales == "dtype" and weights in ("same", "mxfp4"):
                 continue  # without scales, or with those of one dtype
-            with _exact_layer(case, dense) as (layer, expected):
-                for tactic, pair in each_tactic(case):
-                    with forced(tactics=pair):
-                        out = run_poisoned(layer, 0xFF)
-                    wrong = int((out != expected).sum())
-                    assert same_bits(out + 0, expected + 0), (
-                        f"{tactic.name}, k of {depth}, scales of {weight_scales}: "
-                        f"{wrong} of {out.numel()} numbers are wrong"
-                    )
+            _check_each_tactic(case, dense)
+
+
+@pytest.mark.parametrize("weights", list(WEIGHTS))
+@pytest.mark.parametrize("dtype", list(DTYPES))
+def test_exact_numbers_in_tiles_one_after_the_other(dtype: str, weights: str) -> None:
+    """More tiles than fit on the GPU at once, of one step and of three."""
+    require_sm80()
+    for depth in (128, 384):
+        case = Case(
+            *("exact", 4224, depth, 2, 1, 2000),
+            dtype=dtype,
+            weights=weights,
+            activation=ActivationType.Identity,
+        )
+        _check_each_tactic(case, "second")
+
+
+def _check_each_tactic(case: Case, dense: str) -> None:
+    with _exact_layer(case, dense) as (layer, expected):
+        for tactic, pair in each_tactic(case):
+            with forced(tactics=pair):
+                out = run_poisoned(layer, 0xFF)
+            wrong = int((out != expected).sum())
+            # Adding 0 makes a 0 of -0.
+            assert same_bits(out + 0, expected + 0), (
+                f"{tactic.name}: {wrong} of {out.numel()} numbers of {case.id} are wrong"
+            )
