@@ -187,6 +187,18 @@ def test_every_gemm_uses_tensor_cores_and_asynchronous_copies() -> None:
         assert not count["HGMMA"] and not count["UTMALDG"], key
 
 
+def test_gemms_shuffle_only_where_all_lanes_are() -> None:
+    """A warp's place in a tile is asked by a shuffle, which waits for every lane of the warp.
+
+    It belongs to the few places where none is missing. Inlined into the epilogue's loops over rows
+    and columns it was there dozens of times, and where a tile's edge parted the lanes it hung.
+    """
+    gemms = {key: count for key, count in opcodes().items() if _GEMM in key[1]}
+    assert gemms
+    for key, count in gemms.items():
+        assert count["SHFL"] <= 5, f"{key}: {count['SHFL']} SHFL instructions"
+
+
 def test_few_tokens_stream_weights_into_registers() -> None:
     """HMMA on what LDG brings in 16 bytes; no copy of the weights in shared memory."""
     layers = {key: count for key, count in opcodes().items() if _DECODE in key[1]}

@@ -61,13 +61,14 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item,
                          const typename Consumer::Accumulators& acc) {
   using Columns = typename T::Columns;
   constexpr int kVector = Columns::kVector;
+  const WarpPlace warp = GetWarpPlace<T>();
 
   float row_scale[Consumer::kThreadRows];
   if constexpr (!T::kGated) {
 #pragma unroll
     for (int i = 0; i < Consumer::kThreadRows; ++i) {
       row_scale[i] = 1.0f;
-      const int row = Consumer::Row(i);
+      const int row = Consumer::Row(warp, i);
       if (gemm.slot_scales != nullptr && row < item.rows) {
         row_scale[i] = __ldg(gemm.slot_scales + __ldg(gemm.row_slot + item.row_begin + row));
       }
@@ -80,7 +81,7 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item,
         T::kGated ? LoadActivationScalars(gemm, item.expert) : ActivationScalars{};
 #pragma unroll
     for (int group = 0; group < Columns::kGroups; ++group) {
-      const int column = item.column + Consumer::Column(group);
+      const int column = item.column + Consumer::Column(warp, group);
       // columns is a multiple of 8, so a vector is inside or outside as a whole.
       if (column >= gemm.columns) continue;
       const int64_t expert_row = static_cast<int64_t>(item.expert) * Columns::kHalves;
@@ -88,7 +89,7 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item,
       const Channels<T> gate(gemm, (expert_row + Columns::kHalves - 1) * gemm.columns + column);
 #pragma unroll
       for (int i = 0; i < Consumer::kThreadRows; ++i) {
-        const int row = Consumer::Row(i);
+        const int row = Consumer::Row(warp, i);
         if (row >= item.rows) continue;
         float value[kVector];
 #pragma unroll

@@ -56,11 +56,11 @@ class Mainloop {
   // Where a thread's sums belong, for the epilogue: the i-th of its rows, the first of kVector
   // columns of a group, and the sum in one of them.
   static constexpr int kThreadRows = 2 * kMmaM;
-  __device__ static int Row(int i) {
-    return GetWarpPlace<T>().m * 16 + threadIdx.x % 32 / 4 + i / 2 * kRowBlockStep + i % 2 * 8;
+  __device__ static int Row(const WarpPlace& warp, int i) {
+    return warp.m * 16 + threadIdx.x % 32 / 4 + i / 2 * kRowBlockStep + i % 2 * 8;
   }
-  __device__ static int Column(int group) {
-    return GetWarpPlace<T>().n * Columns::kWarpColumns + threadIdx.x % 4 * Columns::kVector +
+  __device__ static int Column(const WarpPlace& warp, int group) {
+    return warp.n * Columns::kWarpColumns + threadIdx.x % 4 * Columns::kVector +
            group * 8 * Columns::kGroup;
   }
   __device__ static float Sum(const Accumulators& acc, int i, int group, int v, bool gate) {

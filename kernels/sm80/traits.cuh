@@ -135,7 +135,8 @@ __device__ constexpr int SwizzleStored(int row) {
   return row * T::kStoredChunks / 8 % T::kStoredChunks;
 }
 
-// The warp's place in the tile. The shuffle tells the compiler that all lanes agree on it.
+// The warp's place in the tile. The shuffle tells the compiler that all lanes agree on it. All of
+// them must be there: it waits for each.
 struct WarpPlace {
   int m;
   int n;

@@ -59,9 +59,11 @@ class UnpackingMainloop {
   __device__ static int Active(int rows) { return (rows + 7) / 8; }
 
   static constexpr int kThreadRows = 2 * kRowBlocks;
-  __device__ static int Row(int i) { return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2; }
-  __device__ static int Column(int) {
-    return GetWarpPlace<T>().n * Columns::kWarpColumns + threadIdx.x % 32 / 4 * Columns::kVector;
+  __device__ static int Row(const WarpPlace&, int i) {
+    return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
+  }
+  __device__ static int Column(const WarpPlace& warp, int) {
+    return warp.n * Columns::kWarpColumns + threadIdx.x % 32 / 4 * Columns::kVector;
   }
   __device__ static float Sum(const Accumulators& acc, int i, int, int v, bool gate) {
     const int block = v + (gate ? Columns::kVector : 0);
