@@ -41,22 +41,27 @@ struct Cost {
 
 // By tile, then bits of a weight: 16, 8, 4.
 constexpr Cost kCosts[][3] = {
-    {{0.395, 0.066, 2.14, 3.36}, {0.447, 0.056, 3.32, 4.40}, {0.154, 0.257, 3.64, 2.52}},  // 16x64
-    {{0.397, 0.009, 3.05, 3.44}, {0.370, 0.332, 3.35, 3.67}, {0.050, 0.550, 3.02, 2.47}},  // 16x128
-    {{0.845, 0.002, 1.91, 4.37}, {0.433, 0.090, 5.34, 4.04}, {0.660, 0.112, 3.02, 3.00}},  // 32x64
-    {{0.437, 0.002, 3.37, 4.13}, {0.174, 0.217, 5.93, 3.60}, {0.736, 0.329, 2.97, 3.00}},  // 32x128
-    {{0.711, 0.004, 2.85, 4.29}, {0.440, 0.050, 2.71, 4.40}, {0.763, 0.094, 2.70, 4.40}},  // 64x128
-    {{0.576, 0.088, 3.47, 4.06},
-     {0.949, 0.063, 4.54, 4.40},
+    {{0.410, 0.053, 2.14, 3.44}, {0.447, 0.056, 3.32, 4.40}, {0.141, 0.299, 3.48, 3.17}},  // 16x64
+    {{0.397, 0.009, 2.87, 3.24}, {0.370, 0.332, 3.35, 3.67}, {0.050, 0.570, 2.52, 2.50}},  // 16x128
+    {{0.845, 0.002, 1.91, 4.37}, {0.442, 0.090, 5.34, 4.04}, {0.660, 0.105, 2.97, 3.00}},  // 32x64
+    {{0.437, 0.002, 3.37, 4.13}, {0.209, 0.217, 4.78, 3.60}, {0.985, 0.224, 2.91, 3.00}},  // 32x128
+    {{0.853, 0.004, 2.85, 4.29}, {0.428, 0.039, 2.96, 4.10}, {0.749, 0.103, 2.39, 4.40}},  // 64x128
+    {{0.594, 0.088, 3.38, 4.40},
+     {0.850, 0.063, 4.85, 4.40},
      {0.787, 0.082, 4.18, 4.40}},  // 128x128
-    {{0.639, 0.070, 4.80, 4.06},
-     {0.923, 0.054, 5.29, 4.40},
+    {{0.646, 0.070, 4.58, 4.10},
+     {0.884, 0.056, 4.92, 4.28},
      {0.891, 0.065, 4.49, 3.00}},  // 128x256
-    {{0.509, 0.048, 3.93, 4.40},
-     {0.625, 0.042, 4.73, 4.40},
+    {{0.471, 0.048, 3.93, 4.40},
+     {0.607, 0.042, 4.73, 4.40},
      {0.730, 0.040, 4.06, 3.00}},  // 256x128
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
+
+constexpr double kLastResort = 1e12;  // us: beyond any time
+
+// How much longer a step takes where unpacked 4-bit weights are scaled one by one, not in sums.
+constexpr double kScalingWeights = 1.25;
 
 // Microseconds of a layer in tiles beside those of its GEMMs: routing, finalize, four launches.
 constexpr double kTilesOverhead = 11.0;
@@ -69,8 +74,8 @@ struct DecodeCost {
 
 // By kernel, then bits of a weight.
 constexpr DecodeCost kDecodeCosts[][3] = {
-    {{15.2, 4.20}, {15.5, 3.64}, {12.1, 2.90}},
-    {{14.9, 4.07}, {14.8, 3.32}, {14.4, 2.51}},
+    {{15.2, 4.20}, {15.5, 3.64}, {14.3, 2.90}},
+    {{14.9, 4.07}, {14.8, 3.32}, {14.4, 2.33}},
 };
 static_assert(sizeof(kDecodeCosts) / sizeof(kDecodeCosts[0]) == kNumDecodeKernels, "one row each");
 
@@ -101,6 +106,7 @@ struct Shape {
   double weight_rows;  // of an expert
   double k;
   double bytes;
+  int group_size;
 };
 
 double Microseconds(int index, WeightKind kind, const Shape& shape, const Device& device) {
@@ -118,8 +124,11 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
   const double sharing = resident / fitted * std::max(1.0, 8.0 / warps);
 
   const double steps = std::ceil(shape.k / tile.step(kind));
-  const double tile_time =
-      sharing * (steps * (cost.step + cost.block * row_blocks / row_tiles) + cost.tile);
+  const bool scales_weights =
+      HasGroups(kind) && tile.unpacks(kind) && shape.group_size % tile.step(kind) != 0;
+  const double step =
+      (scales_weights ? kScalingWeights : 1.0) * (cost.step + cost.block * row_blocks / row_tiles);
+  const double tile_time = sharing * (steps * step + cost.tile);
   const double waves =
       shape.experts * row_tiles * column_tiles / (device.multiprocessors * resident);
   // Few waves end together; over many, blocks that finish early take what is left.
@@ -156,6 +165,7 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
   shape.rows_per_expert = RowsPerExpert(problem);
   shape.weight_rows = static_cast<double>(columns) * (gated ? 2 : 1);
   shape.k = k;
+  shape.group_size = problem.group_size;
   const double touched = shape.experts * (1.0 - std::exp(-shape.rows_per_expert));
   const double rows = shape.experts * shape.rows_per_expert;
   shape.bytes = touched * shape.weight_rows * k * WeightBits(kind) / 8 + rows * 2.0 * (k + columns);
@@ -164,7 +174,10 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
   TileChoice best = {0, INFINITY};
   for (int tile = 0; tile < kNumTiles; ++tile) {
     if (ResidentBlocks(tile, kind, device) == 0) continue;
-    const double time = Microseconds(tile, kind, shape, device);
+    double time = Microseconds(tile, kind, shape, device);
+    // Low tiles were timed where an expert takes up to 8 of them. With more, only if nothing else
+    // fits: each reads the expert's weights from L2 again, which the model leaves out.
+    if (kTiles[tile].m <= 32 && shape.rows_per_expert > 8 * kTiles[tile].m) time += kLastResort;
     if (time < best.microseconds) best = {tile, time};
   }
   return best;
