@@ -176,7 +176,6 @@ class Loader {
     if constexpr (kGroups && T::kUnpacks) {
       const int group_log2 = 31 - __clz(gemm_.group_size);
       const int k_first = gemm_.k - k_left_;
-      const uint32_t first = first_scale_;
 #pragma unroll
       for (int i = 0; i < kStepScales; ++i) {
         // A group's scale is loaded once.
@@ -184,7 +183,8 @@ class Loader {
           bits[i] = bits[i - 1];
           continue;
         }
-        const uint32_t index[1] = {first + (min(k_first + i * 32, gemm_.k - 1) >> group_log2)};
+        const uint32_t index[1] = {first_scale_ +
+                                   (min(k_first + i * 32, gemm_.k - 1) >> group_log2)};
         uint32_t one[1];
         LoadScaleBits<T::kKind>(gemm_.weight_scales, index, gemm_.weight_scale_dtype, one);
         bits[i] = one[0];

@@ -112,15 +112,15 @@ class UnpackingMainloop {
     constexpr int kSums = kBlocks / 2 * kRowBlocks * 4;
     float* sums = reinterpret_cast<float*>(shared + T::kSliceSums) +
                   GetWarpPlace<T>().n * 32 * kSums + threadIdx.x % 32;
-    float* own = &acc[0][0][0];
+    auto own = [&](int i) -> float& { return acc[i / 4 / kRowBlocks][i / 4 % kRowBlocks][i % 4]; };
     if (slice_ != 0) {
 #pragma unroll
-      for (int i = 0; i < kSums; ++i) sums[i * 32] = own[i];
+      for (int i = 0; i < kSums; ++i) sums[i * 32] = own(i);
     }
     __syncthreads();
     if (slice_ != 0) return false;
 #pragma unroll
-    for (int i = 0; i < kSums; ++i) own[i] += sums[i * 32];
+    for (int i = 0; i < kSums; ++i) own(i) += sums[i * 32];
     return true;
   }
 
