@@ -5,7 +5,7 @@
 // excess is subtracted, exactly. All keep the order of k.
 //
 // Operations a weight, with what permutes the bytes: 8 bits: 1.25 (fp16), 2 (bf16); INT4 with its
-// group's scale: 2 (fp16), 2.1 (bf16); MXFP4: 2.6.
+// group's scale: 2 (fp16), 2.1 (bf16), without: 1.5 and 1.6; MXFP4: 2.6.
 
 #ifndef KERNELS_COMMON_DEQUANTIZE_CUH_
 #define KERNELS_COMMON_DEQUANTIZE_CUH_
