@@ -158,8 +158,10 @@ __device__ __forceinline__ void MultiplyScaleSums(const uint4 (&rows)[2][2],
 #pragma unroll
     for (int t = 0; t < kTokenBlocks; ++t) {
       const int i = row % 2 * 2;
-      acc[row / 2][t][i] += scale * sum[row / 2][t][i];
-      acc[row / 2][t][i + 1] += scale * sum[row / 2][t][i + 1];
+      // In one rounding, whatever the token's place: its result must not depend on that.
+      float(&c)[4] = acc[row / 2][t];
+      c[i] = __fmaf_rn(scale, sum[row / 2][t][i], c[i]);
+      c[i + 1] = __fmaf_rn(scale, sum[row / 2][t][i + 1], c[i + 1]);
     }
   }
 }

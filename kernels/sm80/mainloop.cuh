@@ -121,13 +121,13 @@ class Mainloop {
     const char* a = shared_ + stage.a + offset_a_ + (step * 32 ^ swizzle_a_);
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {
-      Ldmatrix4(a + m * kRowBlockStep * T::kRowBytes, f.a[m]);
+      Ldmatrix(a + m * kRowBlockStep * T::kRowBytes, f.a[m]);
     }
     const char* b = shared_ + stage.b + offset_b_ + (step * 32 ^ swizzle_b_);
 #pragma unroll
     for (int n = 0; n < kMmaN; n += 2) {
       uint32_t r[4];
-      Ldmatrix4(b + n * 8 * T::kRowBytes, r);
+      Ldmatrix(b + n * 8 * T::kRowBytes, r);
       f.b[n][0] = r[0];
       f.b[n][1] = r[1];
       f.b[n + 1][0] = r[2];

@@ -16,13 +16,12 @@ template <typename Element>
 using Mma = std::conditional_t<std::is_same_v<Element, __half>, cute::SM80_16x8x16_F32F16F16F32_TN,
                                cute::SM80_16x8x16_F32BF16BF16F32_TN>;
 
-__device__ inline void Ldmatrix4(const char* shared, uint32_t (&r)[4]) {
+// As many matrices as there are registers.
+__device__ inline void Ldmatrix(const char* shared, uint32_t (&r)[4]) {
   cute::SM75_U32x4_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared), r[0], r[1], r[2],
                                 r[3]);
 }
 
-// As many matrices as there are registers.
-__device__ inline void Ldmatrix(const char* shared, uint32_t (&r)[4]) { Ldmatrix4(shared, r); }
 __device__ inline void Ldmatrix(const char* shared, uint32_t (&r)[2]) {
   cute::SM75_U32x2_LDSM_N::copy(*reinterpret_cast<const cute::uint128_t*>(shared), r[0], r[1]);
 }
