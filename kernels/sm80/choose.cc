@@ -32,10 +32,9 @@ constexpr Device kFittedOn = {132, 232448, 233472};
 constexpr int kReserved = 1024;  // the driver takes 1 KiB of shared memory a block
 
 struct Cost {
-  double step;  // us a k step
-  double
-      block;    // us a k step and block of rows that holds any: 8 where weights are unpacked, or 16
-  double tile;  // us a tile: epilogue and what of the prologue shows
+  double step;       // us a k step
+  double block;      // us a k step and block of rows that holds any: of 8 in unpacking tiles, or 16
+  double tile;       // us a tile: epilogue and what of the prologue shows
   double bandwidth;  // TB/s of the whole chip
 };
 

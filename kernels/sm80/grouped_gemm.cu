@@ -13,7 +13,7 @@
 //                      half of them up rows, half the gate rows of the same outputs
 //                      +--------------------+
 //                      |    B [n][k]        |     a stage: A [m][k] and B [n][k] for 64 or
-//     gathered         +--------------------+     128 values of k, swizzled; 3 to 5 stages
+//     gathered         +--------------------+     128 values of k, swizzled; 3 or 4 stages
 //     rows of A        +--------------------+
 //     +--------+       | warp | warp | ...  |     each warp: kMmaM x kMmaN mma.m16n8k16
 //     | [m][k] |       +------+------+      |     accumulators in registers, float32
