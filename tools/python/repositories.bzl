@@ -59,16 +59,22 @@ cc_library(
 """
 
 def _python_interpreter_impl(repository_ctx):
-    command = repository_ctx.os.environ.get("MOE_PYTHON") or repository_ctx.which("python3")
+    chosen = repository_ctx.os.environ.get("MOE_PYTHON")
+    command = chosen or repository_ctx.which("python3")
     if not command:
         fail("fused_moe: no python3 on PATH; install Python 3.10 or newer, or set MOE_PYTHON")
     result = repository_ctx.execute([command, "-c", _DESCRIBE])
     if result.return_code != 0:
+        if chosen:
+            command = "MOE_PYTHON, a name on PATH or an absolute path, is %s, which" % chosen
         fail("fused_moe: %s does not run: %s" % (command, result.stderr))
     python = struct(**json.decode(result.stdout))
+    if [int(part) for part in python.version.split(".")] < [3, 10]:
+        fail(("fused_moe: %s is Python %s; it must be 3.10 or newer, and MOE_PYTHON may name " +
+              "another than the first python3 on PATH") % (python.interpreter, python.version))
     if not python.include:
-        fail("fused_moe: %s has no headers (Python.h); Debian: apt install python3-dev" %
-             python.interpreter)
+        fail("fused_moe: %s has no headers (Python.h); Debian: apt install python%s-dev" %
+             (python.interpreter, python.version))
     repository_ctx.symlink(python.include, "include")
     repository_ctx.file(
         "BUILD.bazel",
