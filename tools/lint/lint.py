@@ -154,12 +154,17 @@ def main() -> int:
     args = parser.parse_args()
 
     root = repository()
-    below = [PurePosixPath(path) for path in args.paths]
-    files = [
-        path
-        for path in tree_files(root)
-        if not below or any(path == top or top in path.parents for top in below)
-    ]
+    files = tree_files(root)
+    if args.paths:
+        below = {name: PurePosixPath(name) for name in args.paths}
+        found = {
+            name: [path for path in files if path == top or top in path.parents]
+            for name, top in below.items()
+        }
+        for name in found:
+            if not found[name]:
+                raise SystemExit(f"lint: no file of the tree lies at or below {name}, from {root}")
+        files = sorted({path for paths in found.values() for path in paths})
     run = Lint(root, files, args.fix)
     outcome = {}
     for name in CHECKS:

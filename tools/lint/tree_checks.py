@@ -22,7 +22,7 @@ STARLARK_NAMES = {"BUILD", "BUILD.bazel", "WORKSPACE", "WORKSPACE.bazel", "MODUL
 _ARCHIVE = re.compile(r"\w+://[^\s\"'<>)]+\.(?:whl|deb|tgz|tar\.\w+|zip)\b")
 _REGISTRY = re.compile(
     r"(?:https?://|\b)[\w.-]*(?:\bpypi\.|pythonhosted|npmjs|\bdeb\.debian|archive\.ubuntu|"
-    r"anaconda\.|\bngc\.|\bregistry\.)[\w.-]*(?:org|com|net|io)\b"
+    r"anaconda\.|\bbcr\.bazel|\bdownload\.|\bngc\.|\bregistry\.)[\w.-]*(?:build|com|io|net|org)\b"
 )
 _INDEX_OPTION = re.compile(r"--(?:extra-)?index-url|--find-links|--registry\b")
 

@@ -30,6 +30,8 @@ CASES: list[tuple[Check, str, str, bool]] = [
     (tree_checks.addresses, "a.md", "https://example.com/a-1.0-py3-none-any" + ".whl\n", False),
     (tree_checks.addresses, "a.md", "https://example.com/a" + ".tar.gz\n", False),
     (tree_checks.addresses, "a.md", "https://py" + "pi.org/simple\n", False),
+    (tree_checks.addresses, "a.txt", "https://down" + "load.pytorch.org/whl/cpu\n", False),
+    (tree_checks.addresses, ".bazelrc", "--registry=https://bcr." + "bazel.build\n", False),
     (tree_checks.addresses, "a.sh", "npm --reg" + "istry=x\n", False),
     (tree_checks.addresses, "a.md", "https://semver.org/spec/v2.0.0.html, PyPI, npm\n", True),
     (tree_checks.addresses, "a.py", "path.name.endswith('.tar.gz')\n", True),
