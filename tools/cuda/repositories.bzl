@@ -12,6 +12,9 @@ load(
     "read_python",
 )
 
+# Of an installed toolkit, as README.md says.
+_OLDEST_RELEASE = [11, 8]
+
 # For reproducible objects; not every nvcc since 11.8 has them.
 _WANTED_OPTIONS = ["--frandom-seed", "--objdir-as-tempdir"]
 
@@ -122,10 +125,18 @@ def _installed_toolkit(repository_ctx, root):
     ])
     for what, path in [("bin/nvcc", nvcc), ("libcudart_static.a", archive)]:
         if not path:
-            fail(("MOE_CUDA_TOOLKIT is %s, which has no %s; it must be the root of a CUDA " +
-                  "toolkit, such as /usr/local/cuda") % (root, what))
+            fail(("MOE_CUDA_TOOLKIT is %s, which has no %s; it must be the absolute path " +
+                  "of a CUDA toolkit, such as /usr/local/cuda") % (root, what))
     if not headers or not headers.get_child("cuda_runtime.h").exists:
         fail("MOE_CUDA_TOOLKIT is %s, which has no include/cuda_runtime.h" % root)
+    result = repository_ctx.execute([nvcc, "--version"])
+    release = result.stdout.partition(", release ")[2].partition(",")[0]
+    if not release.replace(".", "", 1).isdigit():
+        fail("MOE_CUDA_TOOLKIT is %s, whose nvcc --version tells no release: %s" %
+             (root, result.stdout + result.stderr))
+    if [int(part) for part in release.split(".")] < _OLDEST_RELEASE:
+        fail("MOE_CUDA_TOOLKIT is %s, which is CUDA %s; it must be %s or newer" %
+             (root, release, ".".join([str(part) for part in _OLDEST_RELEASE])))
     return struct(
         archive = archive,
         folders = [],
