@@ -37,6 +37,9 @@ def explain(lock: str, log: str) -> None:
     if "DO NOT MATCH THE HASHES" in log:
         which = f"package {changed.group(1)} {changed.group(2)}" if changed else "a package"
         fail(lock, f"{which} has changed: its wheel's SHA-256 is not a locked one", log)
+    if "after connection broken by" in log:
+        what = "a package index does not answer pip, see above; CONTRIBUTING.md says under "
+        fail(lock, what + "'Without a network' how to build without one", log)
     missing = re.search(r"No matching distribution found for ([A-Za-z0-9._-]+)==([^\s;(]+)", log)
     if missing:
         python = "{}.{}".format(*sys.version_info)
@@ -73,8 +76,11 @@ def download(lock: str, folder: pathlib.Path) -> list[pathlib.Path]:
             wanted.write_text(text.replace(torch[0], ""))
     result = pip_download(wanted, folder)
     if result.returncode != 0:
-        lines = [line for line in result.stderr.splitlines() if not line.startswith("WARNING")]
-        explain(lock, "\n".join(lines))
+        # Of pip's warnings only the first of its vain tries to reach an index, which come by dozens.
+        lines = result.stderr.splitlines()
+        tries = [line for line in lines if "after connection broken by" in line]
+        errors = [line for line in lines if not line.startswith("WARNING")]
+        explain(lock, "\n".join(tries[:1] + errors))
     return sorted(folder.glob("*.whl"))
 
 
@@ -118,7 +124,10 @@ def main() -> None:
         if options.cuda_lock and not cpu:
             wheels = download(options.cuda_lock, pathlib.Path(folder))
         for wheel in wheels:
-            unpack(wheel, options.destination)
+            try:
+                unpack(wheel, options.destination)
+            except OSError as error:
+                fail(options.lock, f"{wheel.name} cannot be unpacked: {error}")
             wheel.unlink()
     if options.compile:
         # The tree is read-only in Bazel's sandbox: without this each start would compile anew.
