@@ -76,7 +76,7 @@ def download(lock: str, folder: pathlib.Path) -> list[pathlib.Path]:
             wanted.write_text(text.replace(torch[0], ""))
     result = pip_download(wanted, folder)
     if result.returncode != 0:
-        # Of pip's warnings only the first of its vain tries to reach an index, which come by dozens.
+        # Of pip's warnings only the first of its vain tries to reach an index: there are dozens.
         lines = result.stderr.splitlines()
         tries = [line for line in lines if "after connection broken by" in line]
         errors = [line for line in lines if not line.startswith("WARNING")]
