@@ -171,19 +171,43 @@ def test_mxfp4(dtype: torch.dtype) -> None:
     assert torch.equal(dequantize_mxfp4(packed, scale, torch.bfloat16).float(), values)
 
 
-@pytest.mark.parametrize("call", [quantize_int4, quantize_mxfp4])
+@pytest.mark.parametrize("call", [quantize_int8, quantize_int4, quantize_mxfp4])
 def test_what_cannot_be_quantized(call: Callable[[torch.Tensor], object]) -> None:
     for bad in (INFINITY, -INFINITY, float("nan")):
         weight = torch.ones(2, 3, 128)
         weight[1, 2, 77] = bad
-        with pytest.raises(ValueError, match="weight has an infinity or a NaN, which 4 bits"):
+        with pytest.raises(ValueError, match="weight has an infinity or a NaN, which [48] bits"):
             call(weight)
     with pytest.raises(ValueError, match=r"weight is a torch\.float32 tensor of shape \[3, 128\]"):
         call(torch.ones(3, 128))
     with pytest.raises(ValueError, match=r"weight is a torch\.int8 tensor"):
         call(torch.ones(2, 3, 128, dtype=torch.int8))
-    with pytest.raises(ValueError, match=r"shape \[2, 3, 80\]; its columns must be a multiple of"):
-        call(torch.ones(2, 3, 80))
+    if call is not quantize_int8:
+        text = r"shape \[2, 3, 80\]; its columns must be a multiple of"
+        with pytest.raises(ValueError, match=text):
+            call(torch.ones(2, 3, 80))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_the_default_dtype_changes_nothing(dtype: torch.dtype) -> None:
+    weight = torch.randn(2, 3, 64, generator=torch.Generator().manual_seed(0)) * 1e-6
+    expected = [quantize(weight) for quantize in QUANTIZERS.values()]
+    torch.set_default_dtype(dtype)
+    try:
+        made = [quantize(weight) for quantize in QUANTIZERS.values()]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for ours, theirs in zip(made, expected, strict=True):
+        for one, other in zip(ours, theirs, strict=True):
+            assert one.dtype == other.dtype and torch.equal(one, other)
+
+
+def test_rows_too_small_for_a_scale() -> None:
+    """The smallest numbers of float32 over 127 are 0, and 0 / 0 is no weight."""
+    weight = torch.tensor([[[0.0, 1e-45, -1e-44, 0.0]]])
+    for unsigned in (False, True):
+        q, scale = quantize_int8(weight, unsigned=unsigned)
+        assert (q == (128 if unsigned else 0)).all() and (scale == 1).all()
 
 
 def test_int4_group_sizes() -> None:

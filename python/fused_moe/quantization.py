@@ -59,7 +59,8 @@ def quantize_int8(
     for expert in range(weight.shape[0]):
         rows = weight[expert].float()
         largest = rows.abs().amax(dim=1) if rows.shape[1] else rows.new_zeros(rows.shape[0])
-        scale[expert] = torch.where(largest > 0, _divided(largest, 127), torch.ones_like(largest))
+        step = _divided(largest, 127)
+        scale[expert] = step.masked_fill_(step == 0, 1)
         rounded = torch.round(rows / scale[expert].unsqueeze(1)).clamp_(-127, 127)
         q[expert] = (rounded + UINT8_OFFSET if unsigned else rounded).to(q.dtype)
     if not bool(torch.isfinite(scale).all()):
@@ -107,7 +108,9 @@ def quantize_int4(weight: torch.Tensor, group_size: int = 128) -> tuple[torch.Te
     _check_weight(weight, group_size)
     experts, rows, depth = weight.shape
     packed = torch.empty(experts, rows, depth // 2, dtype=torch.uint8, device=weight.device)
-    scale = torch.empty(experts, rows, depth // group_size, device=weight.device)
+    scale = torch.empty(
+        experts, rows, depth // group_size, dtype=torch.float32, device=weight.device
+    )
     for expert in range(experts):
         groups = weight[expert].float().view(rows, -1, group_size)
         lowest, largest = groups.aminmax(dim=2)
