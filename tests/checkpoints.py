@@ -405,6 +405,15 @@ def test_gpt_oss_experts_of_a_rank() -> None:
     assert torch.equal(part.further["fc1_expert_biases"][:, :96], up)
 
 
+def test_gpt_oss_under_another_default_dtype() -> None:
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        further = load_gpt_oss_experts(gpt_oss()[0], "mlp.experts").further
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(further["swiglu_alpha"], torch.full((3,), 1.702))
+
+
 def test_interleaved_rows() -> None:
     rows = torch.arange(12).view(1, 6, 2)
     assert up_gate_from_interleaved(rows)[0, :, 0].tolist() == [2, 6, 10, 0, 4, 8]

@@ -7,6 +7,7 @@ Stand-ins take the place of streams, events and graphs, so that this needs no GP
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import types
 from collections.abc import Iterator
 from typing import Any
@@ -156,6 +157,34 @@ def test_large_layers_are_not_copied(recorder: Recorder) -> None:
     calls = calls_of(recorder, request)
     assert len(calls) == 1, "one call fills the cache by itself"
     assert calls[0][FC1] == request.tensors["fc1_expert_weights"].data_ptr()
+
+
+def test_any_default_dtype(recorder: Recorder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels read float32 scales, whatever PyTorch would make of a Python number."""
+    request = request_for(2, "uniform")
+    k = request.call.top_k
+    read: list[list[float]] = []
+
+    def run(*values: Any) -> None:
+        recorder(*values)
+        read.append(list((ctypes.c_float * (2 * k)).from_address(values[SCALES])))
+
+    monkeypatch.setattr(_extension.C, "run", run)
+
+    def drawn() -> list[torch.Tensor]:
+        experts = samples.Experts(8, 0, 8)
+        generator = torch.Generator().manual_seed(0)
+        return [samples.random_ids(64, 2, experts, skew, generator) for skew in (False, True)]
+
+    expected = drawn()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        calls_of(recorder, request)
+        again = drawn()
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert read and all(scales == pytest.approx([1 / k] * 2 * k) for scales in read)
+    assert all(map(torch.equal, again, expected))
 
 
 def test_tensors_that_are_not_given(recorder: Recorder) -> None:

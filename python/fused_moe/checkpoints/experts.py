@@ -171,7 +171,7 @@ def load_gpt_oss_experts(
         "activation_type": ActivationType.SwigluBias,
     }
     for name, value in _GPT_OSS_SWIGLU.items():
-        further[name] = torch.full((fc1.shape[0],), value, device=fc1.device)
+        further[name] = torch.full((fc1.shape[0],), value, dtype=torch.float32, device=fc1.device)
     return ExpertWeights(fc1, fc2, fc1_scale, fc2_scale, "mxfp4", further)
 
 

@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import torch
 
@@ -30,14 +31,16 @@ def random_ids(
     the experts' weights and taking the largest. Which experts are popular is drawn too.
     """
     device = generator.device
-    logits = torch.zeros(experts.total, device=device)
+    # In float32 whatever the default: in 16 bits many noises would be equal.
+    number: dict[str, Any] = {"dtype": torch.float32, "device": device}
+    logits = torch.zeros(experts.total, **number)
     if skewed:
         ranks = torch.randperm(experts.total, generator=generator, device=device) + 1
-        logits = -ZIPF_EXPONENT * ranks.log()
+        logits = -ZIPF_EXPONENT * ranks.float().log()
     if top_k > experts.total:
         odds = logits.softmax(dim=0).expand(tokens, -1)
         return odds.multinomial(top_k, replacement=True, generator=generator).to(torch.int32)
-    uniform = torch.rand(tokens, experts.total, generator=generator, device=device)
+    uniform = torch.rand(tokens, experts.total, generator=generator, **number)
     gumbel = -(-uniform.clamp_min(1e-20).log()).clamp_min(1e-20).log()
     return (logits + gumbel).topk(top_k, dim=1).indices.to(torch.int32)
 

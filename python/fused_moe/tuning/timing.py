@@ -150,7 +150,8 @@ def _launches(request: Request) -> list[Callable[[MoeCall], object]]:
     x.normal_(generator=generator)
     scales = None
     if tensors["token_final_scales"] is not None:
-        scales = torch.full((tokens, call.top_k), 1 / call.top_k, device=device)
+        shape = (tokens, call.top_k)
+        scales = torch.full(shape, 1 / call.top_k, dtype=torch.float32, device=device)
     output = torch.empty(tokens, call.hidden_size, dtype=call.output_dtype, device=device)
     workspace = torch.empty(call.workspace_bytes, dtype=torch.uint8, device=device)
 
