@@ -20,9 +20,15 @@ EVERYWHERE = (
     "dispatched_same_bits",
     "meshes_with_one_kind",
     "ranks_that_disagree",
+    "parallel_graphs.refused_in_a_graph",
 )
-FOUR_RANKS = ("meshes", "groups_of_some_ranks", "documented_program")
-ON_GPUS = ("captured",)
+FOUR_RANKS = (
+    "meshes",
+    "groups_of_some_ranks",
+    "groups_that_are_no_mesh",
+    "documented_program",
+)
+ON_GPUS = ("parallel_graphs.host_waits_once", "parallel_graphs.captured")
 FAULTS = (
     "rank_dies_in_replicated",
     "rank_dies_in_dispatched",
@@ -79,20 +85,33 @@ def test_four_gpus(name: str) -> None:
     check(world(4, "nccl"), name)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_the_others_fail_where_a_rank_dies(name: str) -> None:
-    # A death shows at once; a rank that hangs does when the timeout is over.
-    timeout = 5 if name == "rank_hangs" else 20
-    results = run_world(
-        3, "parallel_faults", [name], group_timeout=timeout, deadline=60, take_leave=False
-    )
-    assert name == "rank_hangs" or "this rank dies" in results[name][1]
+def check_fault(name: str, results: dict[str, list[str]]) -> None:
+    """All ranks but 1 found what they had to; rank 1 did what it was there for."""
+    assert "rank_dies" not in name or "this rank dies" in results[name][1]
     check(results, name, but=1)
 
 
-@pytest.mark.parametrize("name", FAULTS)
-def test_the_other_gpu_fails_where_a_rank_dies(name: str) -> None:
+@pytest.mark.parametrize("name", (*FAULTS, "rank_fails_alone", "rank_hangs_in_mesh"))
+def test_the_others_fail_where_a_rank_does_not_go_on(name: str) -> None:
+    # A death shows at once; a rank that hangs does when the timeout is over.
+    timeout = 20 if "rank_dies" in name else 5
+    size = 4 if name == "rank_hangs_in_mesh" else 3
+    results = run_world(
+        size,
+        "parallel_faults",
+        [name],
+        group_timeout=timeout,
+        deadline=60,
+        take_leave=False,
+        idle=None if "rank_dies" in name else 1,
+    )
+    check_fault(name, results)
+
+
+@pytest.mark.parametrize("name", (*FAULTS, "rank_dies_in_a_graph"))
+def test_the_other_gpu_fails_where_a_rank_does_not_go_on(name: str) -> None:
     require_gpus(2)
+    waits = {} if name == "rank_dies_in_a_graph" else {"TORCH_NCCL_BLOCKING_WAIT": "1"}
     results = run_world(
         2,
         "parallel_faults",
@@ -100,11 +119,11 @@ def test_the_other_gpu_fails_where_a_rank_dies(name: str) -> None:
         backend="nccl",
         group_timeout=5,
         deadline=60,
-        environment={"TORCH_NCCL_BLOCKING_WAIT": "1"},
+        environment=waits,
         take_leave=False,
+        idle=None if "rank_dies" in name else 1,
     )
-    assert name == "rank_hangs" or "this rank dies" in results[name][1]
-    check(results, name, but=1)
+    check_fault(name, results)
 
 
 def test_the_other_process_ends_where_the_host_does_not_wait() -> None:
@@ -116,7 +135,9 @@ def test_the_other_process_ends_where_the_host_does_not_wait() -> None:
         [name],
         backend="nccl",
         group_timeout=5,
-        deadline=120,
+        deadline=100,
+        # The watchdog waits four times this before it ends the process: a minute by default.
+        environment={"TORCH_NCCL_WAIT_TIMEOUT_DUMP_MILSEC": "1000"},
         take_leave=False,
     )
     assert "this rank dies" in results[name][1]

@@ -17,14 +17,16 @@ from torch.distributed.device_mesh import init_device_mesh
 from cpu_layer import WEIGHTS
 from fused_moe import ActivationType
 from fused_moe.parallel import ParallelGroups, dispatched_moe, replicated_moe
-from parallel_layer import EXPERTS, Layer, dispatched, exact_layer, real_layer, replicated
+from parallel_layer import (
+    EXPERTS,
+    Layer,
+    both_kinds,
+    dispatched,
+    exact_layer,
+    real_layer,
+    replicated,
+)
 from parallel_world import Rank
-
-
-def both_kinds(me: Rank) -> list[tuple[ParallelGroups, str]]:
-    """All ranks as tensor-parallel ones, and all as expert-parallel ones."""
-    world = dist.group.WORLD
-    return [(ParallelGroups(tp=world), "tp"), (ParallelGroups(ep=world), "ep")]
 
 
 def check_reductions(layer: Layer, groups: ParallelGroups, count: int) -> None:
@@ -236,6 +238,28 @@ def groups_of_some_ranks(me: Rank) -> None:
         raise AssertionError("a group of others was accepted")
 
 
+def groups_that_are_no_mesh(me: Rank) -> None:
+    """Each mistake is named: tp and ep of the same ranks, and a layer of others."""
+    world = dist.group.WORLD
+    low, high = dist.new_group([0, 1]), dist.new_group([2, 3])
+    # A layer of the right size without this rank's own groups.
+    pair = low if me.rank < 2 else high
+    crossed = [dist.new_group([0, 2]), dist.new_group([1, 3])][me.rank % 2]
+    cases: list[tuple[dict[str, Any], str]] = [
+        ({"tp": world, "ep": world}, "tp and the ep group share the ranks [0, 1, 2, 3]"),
+        ({"tp": pair, "ep": pair}, "tp and the ep group share the ranks"),
+        ({"tp": pair, "layer": crossed}, "it must have those of tp and ep"),
+    ]
+    for groups, text in cases:
+        try:
+            ParallelGroups(**groups)
+        except ValueError as error:
+            assert text in str(error), error
+        else:
+            raise AssertionError(f"no error: {text}")
+    assert ParallelGroups(tp=pair, ep=crossed, layer=world).tp_size == 2
+
+
 def documented_program(me: Rank) -> None:
     """The program of docs/parallel.md, as it stands there but for the device. Of four ranks."""
     page = pathlib.Path(__file__).absolute().parent.parent / "docs" / "parallel.md"
@@ -251,29 +275,3 @@ def documented_program(me: Rank) -> None:
     for begin, end in ((0, ends[0]), (ends[0] + 1, ends[1])):
         exec("\n".join(lines[begin : end + 1]), names)
         layer.check(names["out"], x, ids, scales)
-
-
-def captured(me: Rank) -> None:
-    """What does not wait for the device, replayed from a CUDA graph with other routings."""
-    layer = exact_layer(me)
-    for groups, kind in both_kinds(me):
-        mine = layer.experts.shard(groups)
-        forms: list[dict[str, Any]] = [{"reduction": "all_reduce"}]
-        if kind == "ep":
-            forms += [{"max_tokens": 20}, {"max_tokens": 20, "chunks": 3}]
-        for form in forms:
-            run = replicated if "reduction" in form else dispatched
-            own = 0 if run is replicated else me.rank
-            drawn = layer.tokens(13, seed=own)
-            run(drawn, mine, groups, **form)  # NCCL connects outside of the capture
-            torch.cuda.synchronize()
-            graph = torch.cuda.CUDAGraph()
-            # Only this thread is kept from waiting: PyTorch's watchdog looks at older exchanges.
-            with torch.cuda.graph(graph, capture_error_mode="thread_local"):
-                out = run(drawn, mine, groups, **form)
-            for seed in (50, 60):
-                for held, new in zip(drawn, layer.tokens(13, seed=seed + own), strict=True):
-                    held.copy_(new)
-                graph.replay()
-                torch.cuda.synchronize()
-                layer.check(out, *drawn)

@@ -14,6 +14,7 @@ import dataclasses
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from cpu_layer import make_layer, reference
 from fused_moe import ActivationType, cutlass_fused_moe, topk_softmax
@@ -24,6 +25,12 @@ from tolerances import assert_close
 EXPERTS, HIDDEN, INTER = 12, 64, 64
 
 Tokens = tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]
+
+
+def both_kinds(me: Rank) -> list[tuple[ParallelGroups, str]]:
+    """All ranks as tensor-parallel ones, and all as expert-parallel ones."""
+    world = dist.group.WORLD
+    return [(ParallelGroups(tp=world), "tp"), (ParallelGroups(ep=world), "ep")]
 
 
 def replicated(

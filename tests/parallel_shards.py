@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import time
 from typing import Any
 
 import pytest
@@ -13,12 +15,14 @@ from cpu_layer import FOUR_BIT, WEIGHTS, make_layer, reference
 from fused_moe import ActivationType, FusedMoE, Routing, cutlass_fused_moe
 from fused_moe.parallel import (
     ExpertWeights,
+    ParallelError,
     ParallelGroups,
     dispatched_moe,
     pad_intermediate,
     plan,
     replicated_moe,
     shard_experts,
+    wait_for_device,
 )
 from parallel_layer import experts_of
 from tolerances import TOLERANCES, assert_close, relative_error
@@ -263,6 +267,33 @@ def test_bad_reduction() -> None:
     reduction: Any = "sum"
     with pytest.raises(ValueError, match="reduction is 'sum'; it must be"):
         replicated_moe(*tokens_of(layer), experts_of(layer), ParallelGroups(), reduction=reduction)
+
+
+@pytest.mark.parametrize("needed", [0.0, 0.05, None])
+def test_waiting_for_the_device_has_an_end(
+    needed: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On an event that is done after so many seconds, or never."""
+    begin = time.monotonic()
+
+    class Event:
+        def record(self, stream: object) -> None:
+            assert stream == "the current stream of cuda:1"
+
+        def query(self) -> bool:
+            return needed is not None and time.monotonic() - begin >= needed
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda d: f"the current stream of {d}")
+    if needed is None:
+        with pytest.raises(
+            ParallelError, match=r"did not finish within 0\.2 s: another rank ended"
+        ):
+            wait_for_device(datetime.timedelta(seconds=0.2), "cuda:1")
+        assert time.monotonic() - begin >= 0.2
+    else:
+        wait_for_device(datetime.timedelta(seconds=30), "cuda:1")
+        assert time.monotonic() - begin >= needed
 
 
 def test_formats_of_four_bits_say_their_groups() -> None:

@@ -54,6 +54,7 @@ def run_world(
     deadline: float = 240.0,
     environment: dict[str, str] | None = None,
     take_leave: bool = True,
+    idle: int | None = None,
 ) -> dict[str, list[str]]:
     """Runs functions of a module, one after another, on every rank of a new world.
 
@@ -62,12 +63,14 @@ def run_world(
     Args:
         size: the number of ranks.
         module: the module's name.
-        names: of the functions; each takes a `Rank`.
+        names: of the functions; each takes a `Rank`. One of another module is called
+            module.function.
         backend: "gloo" on the CPU, "nccl" with a GPU a rank.
         group_timeout: seconds, the process group's.
         deadline: seconds, after which ranks that still run are killed.
         environment: variables set in every rank.
         take_leave: whether ranks end their process group in order, which needs all of them.
+        idle: a rank that is killed when all others have ended, because it only lets them wait.
 
     Returns:
         For each name what became of it on each rank: PASSED, a traceback, or why there is none.
@@ -91,7 +94,7 @@ def run_world(
             processes.append(process)
             ends[ours] = rank
         until = time.monotonic() + deadline
-        while ends and (left := until - time.monotonic()) > 0:
+        while set(ends.values()) - {idle} and (left := until - time.monotonic()) > 0:
             for end in wait(list(ends), timeout=left):
                 assert isinstance(end, Connection)
                 rank = ends[end]
@@ -105,7 +108,8 @@ def run_world(
             if process.is_alive():
                 process.kill()
                 process.join()
-                ended = f"not run: the rank was killed after {deadline:g} s"
+                late = f" after {deadline:g} s" if rank != idle else ""
+                ended = f"not run: the rank was killed{late}"
             else:
                 ended = f"not run: the rank ended with status {process.exitcode}"
             for name in names:
@@ -129,20 +133,12 @@ def _serve(
     os.environ.update(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
     os.environ.update(environment)
     torch.set_num_threads(1)
-    if me.backend == "nccl":
-        torch.cuda.set_device(me.device)
-    dist.init_process_group(
-        me.backend,
-        init_method=(pathlib.Path(folder) / "rendezvous").as_uri(),
-        rank=me.rank,
-        world_size=me.size,
-        timeout=datetime.timedelta(seconds=me.timeout),
-        device_id=me.device if me.backend == "nccl" else None,
-    )
-    cases = importlib.import_module(module)
-    for name in names:
+    for number, name in enumerate(names):
         try:
-            getattr(cases, name)(me)
+            if number == 0:  # what goes wrong here is the first case's to tell
+                _join(me, folder)
+            place, _, function = name.rpartition(".")
+            getattr(importlib.import_module(place or module), function)(me)
         except BaseException:
             results.send((name, traceback.format_exc()))
             # Neither waits for the other ranks nor tells them: what a process that crashes does.
@@ -153,3 +149,17 @@ def _serve(
     if not take_leave:
         os._exit(0)
     dist.destroy_process_group()
+
+
+def _join(me: Rank, folder: str) -> None:
+    """Meets the other ranks."""
+    if me.backend == "nccl":
+        torch.cuda.set_device(me.device)
+    dist.init_process_group(
+        me.backend,
+        init_method=(pathlib.Path(folder) / "rendezvous").as_uri(),
+        rank=me.rank,
+        world_size=me.size,
+        timeout=datetime.timedelta(seconds=me.timeout),
+        device_id=me.device if me.backend == "nccl" else None,
+    )

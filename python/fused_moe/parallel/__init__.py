@@ -9,6 +9,7 @@ out = replicated_moe(x, ids, scales, mine, groups)     # all ranks have the same
 out = dispatched_moe(x, ids, scales, mine, groups)     # each expert rank has its own
 """
 
+from fused_moe.parallel.device import wait_for_device
 from fused_moe.parallel.dispatched import dispatched_moe
 from fused_moe.parallel.errors import ParallelError
 from fused_moe.parallel.experts import ExpertWeights, pad_intermediate, shard_experts
@@ -23,4 +24,5 @@ __all__ = [
     "pad_intermediate",
     "replicated_moe",
     "shard_experts",
+    "wait_for_device",
 ]

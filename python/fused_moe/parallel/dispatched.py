@@ -19,6 +19,7 @@ import torch
 
 from fused_moe.parallel import collectives, lanes, plan
 from fused_moe.parallel.chunks import Call, PaddedChunk, UnevenChunk
+from fused_moe.parallel.device import capturing
 from fused_moe.parallel.errors import reject_gradients
 from fused_moe.parallel.experts import ExpertWeights
 from fused_moe.parallel.groups import ParallelGroups
@@ -78,7 +79,7 @@ def dispatched_moe(
 
     Raises:
         ParallelError: a rank died or made another call.
-        RuntimeError: a tensor requires a gradient.
+        RuntimeError: a tensor requires a gradient; a CUDA graph is captured without max_tokens.
         TypeError, ValueError: an argument does not fit, or not those of the other ranks. Raised
             before anything is exchanged where this rank alone can see it: the others then wait
             until their timeout.
@@ -96,6 +97,12 @@ def dispatched_moe(
             groups,
             output_dtype=output_dtype,
             backend=backend,
+        )
+    if max_tokens is None and capturing(input.device):
+        raise RuntimeError(
+            "max_tokens is None, and the current stream is being captured in a CUDA graph: the "
+            "host then waits for the numbers of rows, which a graph cannot hold; pass max_tokens, "
+            "the most tokens that any rank has"
         )
     with torch.no_grad():
         call = Call(
@@ -145,7 +152,9 @@ def _uneven_chunks(call: Call, chunks: int) -> list[lanes.Chunk]:
         "row_per_expert": int(call.row_per_expert),
         "token_final_scales (given or not)": int(call.scales is not None),
     }
-    header = torch.tensor(list(named.values()), device=call.x.device).expand(size, -1)
+    # From pinned memory, because a copy from pageable memory would let the host wait twice.
+    header = torch.tensor(list(named.values()), pin_memory=call.x.is_cuda)
+    header = header.to(call.x.device, non_blocking=True).expand(size, -1)
     counts = torch.zeros(size, MAX_CHUNKS, dtype=torch.int64, device=call.x.device)
     counts[:, :chunks] = torch.stack([part.sum(0) for part in parts], dim=1)
     out = torch.cat([header, counts], dim=1)

@@ -27,8 +27,10 @@ class ParallelGroups:
         layer: all tp_size * ep_size ranks, if there is such a group: lets a sum over both kinds
             be one exchange instead of two. Only its members matter, not their order.
 
+    Make one value and use it for every layer: it keeps the stream that `chunks` need.
+
     Raises:
-        ValueError: this process is not in a group it was given.
+        ValueError: this process is not in a group it was given, or the groups are no mesh.
     """
 
     tp: dist.ProcessGroup | None = None
@@ -51,10 +53,30 @@ class ParallelGroups:
                 f"the layer group has {self.layer.size()} ranks; it must have tp_size * ep_size "
                 f"= {self.tp_size} * {self.ep_size}"
             )
+        ranks = {
+            name: set(dist.get_process_group_ranks(group))
+            for name, group in (("tp", self.tp), ("ep", self.ep), ("layer", self.layer))
+            if group is not None
+        }
+        if len(both := ranks.get("tp", set()) & ranks.get("ep", set())) > 1:
+            raise ValueError(
+                f"the tp and the ep group share the ranks {sorted(both)}; they must share this one, "
+                f"{dist.get_rank()}, alone: ranks either hold parts of the same experts or hold "
+                "other experts"
+            )
+        inside = ranks.get("tp", set()) | ranks.get("ep", set())
+        if self.layer is not None and not inside <= ranks["layer"]:
+            raise ValueError(
+                f"the layer group has the ranks {sorted(ranks['layer'])}; it must have those of tp "
+                f"and ep, {sorted(inside)}, among them"
+            )
 
     @classmethod
     def from_mesh(cls, mesh: DeviceMesh, *, tp: str = "tp", ep: str = "ep") -> ParallelGroups:
         """The groups of a DeviceMesh with named dimensions, as init_device_mesh makes it.
+
+        The groups get the timeout of the default group, which is init_process_group's:
+        init_device_mesh leaves them PyTorch's own of 10 minutes (NCCL) or 30, whatever that was.
 
         Args:
             mesh: its dimensions may be in any order, and there may be others (data parallel).
@@ -71,6 +93,9 @@ class ParallelGroups:
             )
         tp_group = mesh.get_group(tp) if tp in names else None
         ep_group = mesh.get_group(ep) if ep in names else None
+        for group in (tp_group, ep_group):
+            if group is not None:
+                _take_timeout_of_default_group(group, torch.device(mesh.device_type))
         layer = None
         if tp_group is not None and ep_group is not None:
             ranks = tp_group.size() * ep_group.size()
@@ -116,3 +141,12 @@ class ParallelGroups:
         if device not in self._streams:
             self._streams[device] = torch.cuda.Stream(device, priority=-1)
         return self._streams[device]
+
+
+def _take_timeout_of_default_group(group: dist.ProcessGroup, device: torch.device) -> None:
+    world = dist.group.WORLD
+    assert world is not None, "a mesh has initialized it"
+    # NCCL's and gloo's have options; what PyTorch cannot tell of another backend stays as it is.
+    options = getattr(world._get_backend(device), "options", None)
+    if options is not None and group != world:
+        dist.distributed_c10d._set_pg_timeout(options._timeout, group)
