@@ -60,9 +60,9 @@ class ParallelGroups:
         }
         if len(both := ranks.get("tp", set()) & ranks.get("ep", set())) > 1:
             raise ValueError(
-                f"the tp and the ep group share the ranks {sorted(both)}; they must share this one, "
-                f"{dist.get_rank()}, alone: ranks either hold parts of the same experts or hold "
-                "other experts"
+                f"the tp and the ep group share the ranks {sorted(both)}; they must share this one "
+                f"alone, {dist.get_rank()}: two ranks either hold parts of the same experts, or "
+                "hold other experts"
             )
         inside = ranks.get("tp", set()) | ranks.get("ep", set())
         if self.layer is not None and not inside <= ranks["layer"]:
