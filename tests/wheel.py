@@ -76,6 +76,8 @@ def test_metadata() -> None:
     assert message["Version"] == expected_version()
     assert message["Requires-Dist"].startswith("torch")
     assert "# fused_moe" in message.get_payload()
+    built_for = _extension.C.BUILT_FOR if _extension.C else "missing"
+    assert ("NVIDIA-CUDA" in message["License-Expression"]) == (built_for != "cpu")
     licenses = message.get_all("License-File", [])
     assert "LICENSE" in licenses
     for name in licenses:
