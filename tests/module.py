@@ -321,6 +321,28 @@ def test_cuda_graph(model: str, weight_format: str, compiled: bool) -> None:
         assert torch.equal(out, layer(x.clone()))
 
 
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("weight_format", ["same", "int8", "mxfp4"])
+@pytest.mark.parametrize("model", EVERYTHING)
+def test_autocast(model: str, weight_format: str, device: str) -> None:
+    """float32 tokens are rounded as a linear layer's; the router keeps its own dtype."""
+    layer, x = random_layer(model).to(device), tokens(100).to(device)
+    if weight_format != "same":
+        layer.quantize(weight_format)
+    scales, ids = layer.router(x)
+    expected = layer(x)
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    with torch.autocast(device, torch.bfloat16):
+        for found, wanted in zip(layer.router(x), (scales, ids), strict=True):
+            assert torch.equal(found, wanted)
+        assert torch.equal(layer(x), expected)
+        out = layer(x.float())
+        torch.compiler.reset()
+        assert torch.equal(compiled(x.float()), out)
+    assert out.dtype == torch.float32
+    assert torch.equal(out.bfloat16(), expected)
+
+
 def test_parts_alone() -> None:
     layer, x = random_layer("qwen3_next"), tokens()
     router, experts, shared = layer.router, layer.experts, layer.shared_experts

@@ -116,18 +116,18 @@ class Experts(InferenceModule):
         for name, wanted in (("fc1", fc1_bias), ("fc2", fc2_bias)):
             bias = parameter(self._shapes()[name][:2], dtype, device) if wanted else None
             self.register_parameter(f"{name}_bias", bias)
-        for name, value in (
-            ("swiglu_alpha", swiglu_alpha),
-            ("swiglu_beta", swiglu_beta),
-            ("swiglu_limit", swiglu_limit),
-        ):
-            self.kept.add(name)
-            full = None
-            if value is not None:
-                full = torch.full(
-                    (self.num_local_experts,), value, dtype=torch.float32, device=device
-                )
-            self.register_buffer(name, full)
+        swiglu = {
+            "swiglu_alpha": swiglu_alpha,
+            "swiglu_beta": swiglu_beta,
+            "swiglu_limit": swiglu_limit,
+        }
+        self._swiglu = {name: value for name, value in swiglu.items() if value is not None}
+        self.kept.update(swiglu)
+        for name in swiglu:
+            empty = None
+            if name in self._swiglu:
+                empty = torch.empty(self.num_local_experts, dtype=torch.float32, device=device)
+            self.register_buffer(name, empty)
         self.reset_parameters()
 
     @property
@@ -144,7 +144,10 @@ class Experts(InferenceModule):
         }
 
     def reset_parameters(self) -> None:
-        """Weights of deviation K^-0.5, so that a product keeps the size of its input."""
+        """Weights of deviation K^-0.5, so that a product keeps the size of its input.
+
+        Biases become 0, and the swiglu parameters what the constructor was given.
+        """
         for name, (_, rows, depth) in self._shapes().items():
             weight, scale = getattr(self, f"{name}_weight"), getattr(self, f"{name}_scale")
             for expert in range(0 if weight.is_meta else self.num_local_experts):
@@ -159,7 +162,12 @@ class Experts(InferenceModule):
             bias = getattr(self, f"{name}_bias", None)
             if bias is not None:
                 torch.nn.init.zeros_(bias)
+        for name, value in self._swiglu.items():
+            getattr(self, name).fill_(value)
 
+    # Not inference tensors, whatever mode the caller is in: parameters outlive it.
+    @torch.inference_mode(False)
+    @torch.no_grad()
     def quantize(self, weight_format: str, group_size: int | None = None) -> Experts:
         """Replaces the weights by quantized ones; returns the module itself.
 
@@ -201,7 +209,8 @@ class Experts(InferenceModule):
 
         Args:
             x: [M, H], float16 or bfloat16 (float32 on CPU tensors), of the weights' dtype
-                unless they are quantized.
+                unless they are quantized. Under autocast any floating dtype: computed in the
+                weights', or in autocast's where they are quantized.
             ids: [M, k] int32 among all E experts.
             scales: [M, k] float32; None is 1.
 
@@ -214,7 +223,11 @@ class Experts(InferenceModule):
         """
         refuse_gradients(x, self.fc1_weight, self.fc2_weight, self.fc1_bias, self.fc2_bias)
         check_tokens("x", x, self.hidden_size)
-        return cutlass_fused_moe(
+        dtype = x.dtype
+        if torch.is_autocast_enabled(x.device.type):
+            cast = torch.get_autocast_dtype(x.device.type)
+            x = x.to(cast if self.format.is_quantized else self.fc1_weight.dtype)
+        y = cutlass_fused_moe(
             x,
             ids,
             scales,
@@ -232,6 +245,7 @@ class Experts(InferenceModule):
             **self.ranks,
             **self.format.call_arguments,
         )
+        return y.to(dtype)
 
     def _load_from_state_dict(
         self,

@@ -124,7 +124,8 @@ class FusedMoE(torch.nn.Module):
         """Runs the layer.
 
         Args:
-            x: [..., H], float16 or bfloat16 (float32 on CPU tensors), the dtype of the weights.
+            x: [..., H], float16 or bfloat16 (float32 on CPU tensors), the dtype of the weights;
+                under autocast any floating dtype.
 
         Returns:
             A tensor like x.
@@ -143,7 +144,7 @@ class FusedMoE(torch.nn.Module):
             y = self.experts(tokens, ids, scales)
         if self.shared_experts is not None:
             y = y + self.shared_experts(tokens)
-        return y.view(x.shape)
+        return y.to(x.dtype).view(x.shape)
 
     def quantize(self, weight_format: str, group_size: int | None = None) -> FusedMoE:
         """Quantizes the experts in place, not the router nor the shared experts.
@@ -283,9 +284,10 @@ class FusedMoE(torch.nn.Module):
             activation: an `ActivationType`.
             ep_size: over how many ranks the experts are divided.
             **options: of the constructor apply_router_weight_on_input, dtype (None is that of
-                fc1_weight, or of router_weight where that is quantized), router_dtype (None is
-                that of router_weight if it is not dtype), swiglu parameters, tp_size, tp_rank,
-                ep_rank, backend.
+                fc1_weight; where that is quantized, of shared_down, fc1_bias, fc2_bias or
+                router_weight, the first that is given), router_dtype (None is that of
+                router_weight if it is not dtype), swiglu parameters, tp_size, tp_rank, ep_rank,
+                backend.
 
         Raises:
             ValueError: tensors that do not fit.
@@ -306,7 +308,10 @@ class FusedMoE(torch.nn.Module):
         swiglu = {name: options.get(name) for name in _SWIGLU}
         dtype = options.pop("dtype", None)
         if dtype is None:
-            dtype = fc1_weight.dtype if fc1_scale is None else router_weight.dtype
+            # Beside quantized weights the router comes last: it may be float32 by itself.
+            unquantized = (shared_down, fc1_bias, fc2_bias, router_weight)
+            first = next(tensor for tensor in unquantized if tensor is not None)
+            dtype = fc1_weight.dtype if fc1_scale is None else first.dtype
         if router_weight.dtype != dtype:
             options.setdefault("router_dtype", router_weight.dtype)
         layer = cls(
@@ -344,7 +349,8 @@ class FusedMoE(torch.nn.Module):
         }
         for name, value in swiglu.items():
             if value is not None:
-                full = torch.full(fc1_weight.shape[:1], value, device=fc1_weight.device)
+                shape, device = fc1_weight.shape[:1], fc1_weight.device
+                full = torch.full(shape, value, dtype=torch.float32, device=device)
                 given[f"experts.{name}"] = (name, full)
         fill(layer, given)
         return layer if stored.name == weight_format else layer.quantize(weight_format, group_size)

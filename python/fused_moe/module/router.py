@@ -17,8 +17,8 @@ from fused_moe.routing import Routing
 class Router(InferenceModule):
     """Logits x @ weight.T + bias, and a `Routing` that makes scales and ids of them.
 
-    The product is computed in the dtype of `weight`. DeepSeek-V2 and -V3 compute it in float32
-    whatever the dtype of the model: `dtype=torch.float32, keep_dtype=True`.
+    The product is computed in the dtype of `weight`, under autocast too. DeepSeek-V2 and -V3
+    compute it in float32 whatever the dtype of the model: `dtype=torch.float32, keep_dtype=True`.
 
     State: `weight` [E, H]; `bias` [E] (gpt-oss); `correction_bias` [E], always float32
     (DeepSeek-V3's e_score_correction_bias).
@@ -51,9 +51,14 @@ class Router(InferenceModule):
             device: as in torch.nn.Linear.
 
         Raises:
+            TypeError: `routing` is none.
             ValueError: an E that `routing` does not fit.
         """
         super().__init__()
+        if not isinstance(routing, Routing):
+            raise TypeError(
+                f"routing is {routing!r}; it must be a Routing, such as fused_moe.Routing(top_k=2)"
+            )
         routing.check_num_experts(num_experts)
         self.routing = routing
         self.weight = parameter((num_experts, hidden_size), dtype, device)
@@ -78,7 +83,11 @@ class Router(InferenceModule):
 
     def logits(self, x: torch.Tensor) -> torch.Tensor:
         """[M, E] in the dtype of the weight, of x [M, H] in any floating dtype."""
-        return torch.nn.functional.linear(x.to(self.weight.dtype), self.weight, self.bias)
+        x = x.to(self.weight.dtype)
+        if not torch.is_autocast_enabled(x.device.type):
+            return torch.nn.functional.linear(x, self.weight, self.bias)
+        with torch.autocast(x.device.type, enabled=False):
+            return torch.nn.functional.linear(x, self.weight, self.bias)
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Scales [M, k] float32 and ids [M, k] int32 for the tokens x [M, H]."""

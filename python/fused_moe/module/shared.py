@@ -22,8 +22,8 @@ class SharedExperts(InferenceModule):
     """y = down @ (activation(gate) * up), optionally times sigmoid(scale_gate @ x).
 
     Several shared experts are one with the sum of their intermediate sizes (DeepSeek). They
-    are two dense products in the model's dtype, run by PyTorch: every token has them all, so
-    there is nothing to group.
+    are two dense products in the model's dtype, or autocast's, run by PyTorch: every token has
+    them all, so there is nothing to group.
 
     On several ranks each holds a share along I_s, or one holds all of it and the others none:
     what a rank holds it adds, and the sum over ranks is the layer.
@@ -80,9 +80,21 @@ class SharedExperts(InferenceModule):
             torch.nn.init.normal_(weight, std=weight.shape[1] ** -0.5)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[M, H] in the dtype of x, of x [M, H] in the dtype of the weights."""
+        """[M, H] in the dtype of x, of x [M, H] in the dtype of the weights.
+
+        Under autocast x may have any floating dtype; the result is of autocast's.
+
+        Raises:
+            RuntimeError: a gradient is required.
+            ValueError: an x of another size or dtype.
+        """
         refuse_gradients(x, self.gate_up_weight, self.down_weight, self.scale_gate_weight)
         check_tokens("x", x, self.gate_up_weight.shape[1])
+        if x.dtype != self.down_weight.dtype and not torch.is_autocast_enabled(x.device.type):
+            raise ValueError(
+                f"x is {x.dtype}, the shared experts' weights are {self.down_weight.dtype}; "
+                "they must be of one dtype: convert one of them"
+            )
         h = torch.nn.functional.linear(x, self.gate_up_weight)
         if self.activation.is_gated:
             gate, up = h.chunk(2, dim=-1)
