@@ -2,10 +2,10 @@
 
 #include "moe/layer.h"
 
-#include <limits>
 #include <mutex>
 #include <stdexcept>
 #include <string>
+#include <vector>
 
 #include "moe/finalize.h"
 #include "moe/routing.h"
@@ -33,6 +33,42 @@ Device AskDevice(int device) {
           DeviceAttribute(cudaDevAttrMaxSharedMemoryPerMultiprocessor, device)};
 }
 
+// Limits of the kernels and, for callers that are not Python, what it has checked already.
+void CheckSizes(const Problem& problem, size_t workspace_bytes, size_t workspace_needed) {
+  if (problem.num_slots() > kMaxSlots) {
+    throw std::invalid_argument(
+        "input: num_tokens * top_k is " + std::to_string(problem.num_slots()) +
+        ", must be at most " + std::to_string(kMaxSlots) + "; split the tokens into several calls");
+  }
+  if (problem.num_local_experts > kMaxLocalExperts) {
+    throw std::invalid_argument("fc1_expert_weights: got " +
+                                std::to_string(problem.num_local_experts) +
+                                " experts, must be at most " + std::to_string(kMaxLocalExperts) +
+                                " a rank; spread them over more expert-parallel ranks");
+  }
+  if (problem.group_size > 0) {
+    // Kernels count the scales of a tensor in 32 bits, and where few tokens are served its 16 bytes
+    // of weights and the bytes of its scales too: 2^37 weights are 2^32 times 16 bytes, 2^32 groups
+    // of 32 or, in groups of 128, 2^32 bytes of float32 scales.
+    constexpr int64_t kMaxWeights = int64_t{1} << 37;
+    const int64_t rows[] = {problem.fc1_rows(), problem.hidden_size};
+    const int64_t depth[] = {problem.hidden_size, problem.intermediate_size};
+    for (int i = 0; i < 2; ++i) {
+      const int64_t weights = problem.num_local_experts * rows[i] * depth[i];
+      if (weights > kMaxWeights) {
+        throw std::invalid_argument("fc" + std::to_string(i + 1) + "_expert_weights: got " +
+                                    std::to_string(weights) +
+                                    " weights of 4 bits, must be at most 2^37 (64 GiB); spread the "
+                                    "experts over more expert-parallel ranks");
+      }
+    }
+  }
+  if (workspace_bytes < workspace_needed) {
+    throw std::invalid_argument("workspace_buffer: got " + std::to_string(workspace_bytes) +
+                                " bytes, needs " + std::to_string(workspace_needed));
+  }
+}
+
 void CheckTactic(const Backend& backend, int32_t tactic, const std::vector<Tactic>& tactics,
                  const Problem& problem, const Device& device) {
   if (tactic < 0 || tactic >= static_cast<int32_t>(tactics.size())) {
@@ -47,6 +83,19 @@ void CheckTactic(const Backend& backend, int32_t tactic, const std::vector<Tacti
                                 std::to_string(device.shared_memory_per_block) +
                                 ", and is asked for " + std::to_string(problem.num_slots()) +
                                 " slots; choose one that supported_tactics lists");
+  }
+}
+
+void CheckTactics(const Backend& backend, const TacticPair& tactics, const Problem& problem,
+                  const Device& device) {
+  const std::vector<Tactic>& all = backend.Tactics(problem.weight_format);
+  CheckTactic(backend, tactics.gemm1, all, problem, device);
+  CheckTactic(backend, tactics.gemm2, all, problem, device);
+  if (tactics.gemm1 != tactics.gemm2 &&
+      (all[tactics.gemm1].whole_layer || all[tactics.gemm2].whole_layer)) {
+    throw std::invalid_argument("tactics: got " + all[tactics.gemm1].name + " and " +
+                                all[tactics.gemm2].name +
+                                ", but a tactic of whole layers must be given for both GEMMs");
   }
 }
 
@@ -67,46 +116,10 @@ Device CurrentDevice() {
 void RunLayer(const Backend& backend, const Problem& problem, const LayerArguments& arguments,
               const TacticPair& tactics, const Device& device, cudaStream_t stream) {
   if (problem.num_tokens == 0) return;
-  if (problem.num_slots() > std::numeric_limits<int32_t>::max()) {
-    throw std::invalid_argument("input: num_tokens * top_k is " +
-                                std::to_string(problem.num_slots()) +
-                                ", must be below 2^31; split the tokens into several calls");
-  }
-  if (problem.num_local_experts > kMaxLocalExperts) {
-    throw std::invalid_argument("fc1_expert_weights: got " +
-                                std::to_string(problem.num_local_experts) +
-                                " experts, must be at most " + std::to_string(kMaxLocalExperts) +
-                                " a rank; spread them over more expert-parallel ranks");
-  }
-  if (problem.group_size > 0) {
-    // Kernels count the scales of a weight tensor in 32 bits.
-    const int64_t rows[] = {problem.fc1_rows(), problem.hidden_size};
-    const int64_t depth[] = {problem.hidden_size, problem.intermediate_size};
-    for (int i = 0; i < 2; ++i) {
-      const int64_t scales = problem.num_local_experts * rows[i] * (depth[i] / problem.group_size);
-      if (scales > std::numeric_limits<uint32_t>::max()) {
-        throw std::invalid_argument("quant_scales[" + std::to_string(i) + "]: got " +
-                                    std::to_string(scales) +
-                                    " scales, must be below 2^32; spread the experts over more "
-                                    "expert-parallel ranks");
-      }
-    }
-  }
   const WorkspacePlan plan = PlanWorkspace(problem);
-  if (arguments.workspace_bytes < plan.bytes) {
-    throw std::invalid_argument("workspace_buffer: got " +
-                                std::to_string(arguments.workspace_bytes) + " bytes, needs " +
-                                std::to_string(plan.bytes));
-  }
+  CheckSizes(problem, arguments.workspace_bytes, plan.bytes);
+  CheckTactics(backend, tactics, problem, device);
   const std::vector<Tactic>& all = backend.Tactics(problem.weight_format);
-  CheckTactic(backend, tactics.gemm1, all, problem, device);
-  CheckTactic(backend, tactics.gemm2, all, problem, device);
-  if (tactics.gemm1 != tactics.gemm2 &&
-      (all[tactics.gemm1].whole_layer || all[tactics.gemm2].whole_layer)) {
-    throw std::invalid_argument("tactics: got " + all[tactics.gemm1].name + " and " +
-                                all[tactics.gemm2].name +
-                                ", but a tactic of whole layers must be given for both GEMMs");
-  }
 
   auto at = [&](size_t offset) { return static_cast<char*>(arguments.workspace) + offset; };
   auto ints = [&](size_t offset) { return reinterpret_cast<int32_t*>(at(offset)); };

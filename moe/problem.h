@@ -70,7 +70,10 @@ struct Problem {
   }
 };
 
-// Shared memory holds up to five numbers an expert.
+// Rows are counted in 32 bits, up to the end of a partly filled tile behind the last one.
+inline constexpr int64_t kMaxSlots = (int64_t{1} << 31) - 1024;
+
+// Routing keeps a few numbers for each expert in shared memory.
 inline constexpr int32_t kMaxLocalExperts = 2048;
 
 // What a tactic choice needs to know of a chip.

@@ -150,10 +150,17 @@ def test_an_error_is_not_remembered() -> None:
 
 
 def test_too_many_slots() -> None:
-    with pytest.raises(ValueError, match=r"num_tokens \* top_k is 2147483648.*split the tokens"):
-        cutlass_fused_moe_workspace_size(
-            2**28, 64, 64, num_experts=8, top_k=8, x_dtype=torch.float16, backend="cpu"
+    def plan(tokens: int, top_k: int) -> int:
+        return cutlass_fused_moe_workspace_size(
+            tokens, 64, 64, num_experts=8, top_k=top_k, x_dtype=torch.float16, backend="cpu"
         )
+
+    with pytest.raises(ValueError, match=r"num_tokens \* top_k is 2147483648.*split the tokens"):
+        plan(2**28, 8)
+    # Routing rounds rows up to whole tiles, in 32 bits: 2^31 - 1 of an expert overflowed.
+    with pytest.raises(ValueError, match=r"num_tokens \* top_k is 2147482625.*at most 2147482624"):
+        plan(2**31 - 1023, 1)
+    assert plan(2**31 - 1024, 1) >= 0
 
 
 def test_old_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -8,8 +8,9 @@ import torch
 from fused_moe.activation import ActivationType
 from fused_moe.signature import Meta, Signature
 
-# Slots, the M * k pairs of a token and an expert, are counted in 32 bits.
-MAX_SLOTS = 2**31 - 1
+# Slots, the M * k pairs of a token and an expert, are counted in 32 bits, and so is the end of a
+# partly filled tile of them: kMaxSlots in moe/problem.h.
+MAX_SLOTS = 2**31 - 1024
 
 # What the routing kernel's tables hold: _C.MAX_LOCAL_EXPERTS, known without _C too.
 MAX_LOCAL_EXPERTS = 2048
