@@ -1,11 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The choice without tuning on sm_86 (A10, A40, RTX 30): less shared memory, fewer tiles.
+"""The choice without tuning: on sm_86 (A10, A40, RTX 30), where less shared memory lets fewer tiles
+fit, and on the chip that it was fitted on, where it is compared with what was timed.
 
 No GPU: the choice is a function of sizes and of what is known of a chip.
 """
 
 from __future__ import annotations
 
+import dataclasses
+import functools
+import json
+import pathlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -28,6 +33,14 @@ SM_86 = {
     "shared_memory_per_block": 101376,
     "shared_memory_per_multiprocessor": 102400,
 }
+H200 = {
+    "multiprocessors": 132,
+    "shared_memory_per_block": 232448,
+    "shared_memory_per_multiprocessor": 233472,
+}
+# Microseconds between the kernels of a call, which the kernels' own times leave out: in four
+# launches, and in one.
+FOUR_LAUNCHES, ONE_LAUNCH = 4.0, 2.0
 # Codes of arguments.WEIGHTS_..., and how many weights share a scale, 0 for all of a row.
 FORMATS = {
     "same": (0, 0),
@@ -106,3 +119,47 @@ def test_the_choice_goes_with_the_tokens(weights: str) -> None:
         for low, high in zip(few, many, strict=True):
             assert tactics[low].tile_m <= 32, name
             assert tactics[high].tile_m >= 64, name
+
+
+@functools.cache
+def timed() -> list[dict[str, Any]]:
+    """Layers on an H200 with each tactic's time; docs/measurements/README.md has the keys."""
+    folder = pathlib.Path(__file__).absolute().parent.parent / "docs" / "measurements"
+    cells: list[dict[str, Any]] = json.loads((folder / "sm80_tactics.json").read_text())
+    return cells
+
+
+def excess(cell: dict[str, Any]) -> float:
+    """How much slower than the best that was timed a layer is with what is chosen for it."""
+    model, _, shards = cell["model"].partition(", TP ")
+    shape = MODELS[model.removesuffix(" sizes")]
+    intermediate_size = shape.intermediate_size // int(shards or 1)
+    shape = dataclasses.replace(shape, intermediate_size=intermediate_size)
+    weights = cell["weights"]
+    if weights == "int4":
+        weights = "int4_64" if shape.hidden_size % 128 else "int4_128"
+    problem = problem_of(shape, weights, cell["tokens"])
+    tactics = C.tactics("sm80", weight_format=FORMATS[weights][0])
+    first, second = (tactics[i] for i in C.choose_tactics("sm80", problem, **H200))
+
+    def time(step: str, tactic: Any) -> float:
+        tile = tactic.name.rsplit("x", 1)[0] if not tactic.whole_layer else tactic.name
+        assert tile in cell[step], f"{cell['model']}, {cell['tokens']}, {weights}: chose {tile}"
+        microseconds: float = cell[step][tile]
+        return microseconds
+
+    between = FOUR_LAUNCHES + cell["rest"]
+    best = min(cell["gemm1"].values()) + min(cell["gemm2"].values()) + between
+    best = min([best, *(microseconds + ONE_LAUNCH for microseconds in cell["layer"].values())])
+    if first.whole_layer:
+        return (time("layer", first) + ONE_LAUNCH) / best - 1
+    return (time("gemm1", first) + time("gemm2", second) + between) / best - 1
+
+
+def test_the_choice_is_near_the_best_that_was_timed() -> None:
+    """What docs/measurements.md says of the costs behind the choice."""
+    found = {f"{c['model']}, {c['weights']}, {c['tokens']} tokens": excess(c) for c in timed()}
+    assert len(found) == 108, "six models, six numbers of tokens, three widths of weights"
+    worst = max(found, key=lambda name: found[name])
+    assert found[worst] < 0.075, f"{worst}: {found[worst]:.1%} slower than the best"
+    assert sum(found.values()) / len(found) < 0.0065
