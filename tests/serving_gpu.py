@@ -133,3 +133,26 @@ def test_sglang_under_a_graph(
     replay, out = captured(lambda: layer.run(*on_gpu))
     replay()
     assert_close(out.cpu(), ref, torch.bfloat16)
+
+
+@pytest.mark.parametrize("name", ["silu", "gpt-oss"])
+def test_sglang_updates_under_a_graph(name: str, sglang: None) -> None:  # noqa: F811
+    """A graph that was captured before a session of updates computes with the new weights."""
+    config, activation, parameters = sglang_tests.CASES[name]
+    layer = sglang_tests.Layer(with_bias=True, **config)
+    x, scales, ids = sglang_tests.routed()
+    refs = [layer.expected(x, scales, ids, activation, **parameters)]
+    layer.to(DEVICE)
+    method = layer.method
+    method.process_weights_after_loading(layer)
+    on_gpu = [t.to(DEVICE) for t in (x, scales, ids)]
+    replay, out = captured(lambda: layer.run(*on_gpu))
+    for new in (False, True):
+        method.restore_weights_before_loading(layer)
+        if new:
+            layer.load(seed=9)
+            other = sglang_tests.Layer(seed=9, with_bias=True, **config)
+            refs.append(other.expected(x, scales, ids, activation, **parameters))
+        method.process_weights_after_loading(layer)
+        replay()
+        assert_close(out.cpu(), refs[-1], torch.bfloat16)

@@ -29,9 +29,9 @@ needs_sglang = pytest.mark.skipif(
 Checkpoint = dict[str, torch.Tensor]
 
 
-def checkpoint() -> Checkpoint:
+def checkpoint(seed: int = 0) -> Checkpoint:
     """Each expert's w1 (gate), w3 (up) and w2 (down), exact in bfloat16 and in INT8."""
-    draw = torch.Generator().manual_seed(0)
+    draw = torch.Generator().manual_seed(seed)
 
     def whole(*shape: int, step: float) -> torch.Tensor:
         q = torch.randint(-127, 128, shape, generator=draw)
@@ -81,6 +81,7 @@ def test_vllms_layer(quantization: str | None) -> None:
     fused_moe = importlib.import_module("vllm.model_executor.layers.fused_moe")
     registry = importlib.import_module("vllm.model_executor.layers.quantization")
     context = importlib.import_module("vllm.forward_context")
+    reload = importlib.import_module("vllm.model_executor.model_loader.reload.layerwise")
     x, logits = tokens()
     vllm_config = config.VllmConfig()
     with config.set_current_vllm_config(vllm_config):
@@ -107,6 +108,7 @@ def test_vllms_layer(quantization: str | None) -> None:
             quant_config=quantization and registry.get_quantization_config(quantization)(),
             prefix=prefix,
         )
+        reload.record_metadata_for_reloading(runner)
         [experts] = [m for m in runner.modules() if isinstance(m, fused_moe.RoutedExperts)]
         assert type(experts.quant_method).__module__ == "fused_moe.integrations._vllm_experts"
         load(experts, checkpoint())
@@ -114,14 +116,21 @@ def test_vllms_layer(quantization: str | None) -> None:
             experts.quant_method.process_weights_after_loading(experts)
         else:
             assert experts.w13_weight.dtype == torch.int8
-        with context.set_forward_context(None, vllm_config, num_tokens=x.shape[0]):
-            out = runner(x, logits)
-    assert_close(out, expected(checkpoint(), x, *topk_softmax(logits, K)), torch.bfloat16)
+        for seed in (0, 1):
+            with context.set_forward_context(None, vllm_config, num_tokens=x.shape[0]):
+                out = runner(x, logits)
+            ref = expected(checkpoint(seed), x, *topk_softmax(logits, K))
+            assert_close(out, ref, torch.bfloat16)
+            with pytest.raises(RuntimeError, match=r"w13_weight is in .*reload_weights"):
+                load(experts, checkpoint())
+            # What reload_weights does around the model's load_weights.
+            reload.initialize_layerwise_reload(runner)
+            load(experts, checkpoint(seed + 1))
+            reload.finalize_layerwise_reload(runner, None)
 
 
-@needs_sglang
-@pytest.mark.parametrize("backend", ["fused_moe", "fused_moe_int8"])
-def test_sglangs_layer(backend: str) -> None:
+def sglang_for(backend: str) -> Any:
+    """SGLang as it is on one rank where --moe-runner-backend says `backend`."""
     integration = importlib.import_module("fused_moe.integrations.sglang")
     integration.register()
     hooks = importlib.import_module("sglang.srt.plugins.hook_registry")
@@ -129,16 +138,22 @@ def test_sglangs_layer(backend: str) -> None:
     runtime = importlib.import_module("sglang.srt.runtime_context")
     server_args = importlib.import_module("sglang.srt.server_args")
     utils = importlib.import_module("sglang.srt.layers.moe.utils")
-    layers = importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.layer")
-    topk = importlib.import_module("sglang.srt.layers.moe.topk")
     runtime.get_context().set_server_args(
         server_args.ServerArgs(model_path="none", device="cpu", moe_runner_backend=backend)
     )
     runtime.get_flags().moe.runner_backend = utils.resolve_moe_runner_backend(backend)
+    one_rank = {"moe_ep_size": 1, "moe_ep_rank": 0, "moe_tp_size": 1, "moe_tp_rank": 0}
+    return runtime.get_parallel().override(**one_rank, tp_group=None)
+
+
+@needs_sglang
+@pytest.mark.parametrize("backend", ["fused_moe", "fused_moe_int8"])
+def test_sglangs_layer(backend: str) -> None:
+    layers = importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.layer")
+    topk = importlib.import_module("sglang.srt.layers.moe.topk")
     x, logits = tokens()
     scales, ids = topk_softmax(logits, K)
-    one_rank = {"moe_ep_size": 1, "moe_ep_rank": 0, "moe_tp_size": 1, "moe_tp_rank": 0}
-    with runtime.get_parallel().override(**one_rank, tp_group=None):
+    with sglang_for(backend):
         layer = layers.FusedMoE(
             num_experts=E,
             hidden_size=H,
@@ -151,4 +166,32 @@ def test_sglangs_layer(backend: str) -> None:
         layer.quant_method.process_weights_after_loading(layer)
         assert type(layer.runner.runner_core).__module__ == "fused_moe.integrations._sglang_runner"
         out = layer(x, topk.StandardTopKOutput(scales, ids, None))
-    assert_close(out, expected(checkpoint(), x, scales, ids), torch.bfloat16)
+        assert_close(out, expected(checkpoint(), x, scales, ids), torch.bfloat16)
+        if backend == "fused_moe_int8":
+            with pytest.raises(RuntimeError, match="fused_moe_int8 quantized"):
+                load(layer, checkpoint(1))
+            return
+        # A session of updates of weights, without any of this layer's and with.
+        for seed in (0, 1):
+            layer.quant_method.restore_weights_before_loading(layer)
+            if seed:
+                load(layer, checkpoint(seed))
+            layer.quant_method.process_weights_after_loading(layer)
+            out = layer(x, topk.StandardTopKOutput(scales, ids, None))
+            assert_close(out, expected(checkpoint(seed), x, scales, ids), torch.bfloat16)
+
+
+@needs_sglang
+def test_sglangs_quantized_layer() -> None:
+    layers = importlib.import_module("sglang.srt.layers.moe.fused_moe_triton.layer")
+    fp8 = importlib.import_module("sglang.srt.layers.quantization.fp8")
+    with sglang_for("fused_moe"), pytest.raises(NotImplementedError, match="Fp8MoEMethod's"):
+        layers.FusedMoE(
+            num_experts=E,
+            hidden_size=H,
+            intermediate_size=INTER,
+            layer_id=0,
+            top_k=K,
+            params_dtype=torch.bfloat16,
+            quant_config=fp8.Fp8Config(is_checkpoint_fp8_serialized=True),
+        )

@@ -46,7 +46,8 @@ def sglang() -> Iterator[None]:
     yield
     if not REAL:
         stand_in.uninstall()
-        sys.modules.pop("fused_moe.integrations._sglang_runner", None)
+        for ours in ("_sglang_runner", "_sglang_weights"):
+            sys.modules.pop(f"fused_moe.integrations.{ours}", None)
 
 
 @pytest.fixture(autouse=True)
@@ -72,13 +73,11 @@ class Layer(torch.nn.Module):
         self.moe_runner_config = of("layers.moe.moe_runner.base", "MoeRunnerConfig")(
             num_experts=E,
             num_local_experts=E,
-            hidden_size=H,
             intermediate_size_per_partition=INTER,
-            top_k=K,
             num_fused_shared_experts=0,
             params_dtype=torch.bfloat16,
             layer=self,
-            **config,
+            **{"hidden_size": H, "top_k": K, **config},
         )
         self.method = of("layers.quantization.unquant", "UnquantizedFusedMoEMethod")()
         self.method.create_weights(self, E, H, INTER, torch.bfloat16, with_bias=with_bias)
@@ -86,9 +85,12 @@ class Layer(torch.nn.Module):
         self.load(seed)
 
     def load(self, seed: int) -> None:
-        """New random weights, in place."""
+        """New random weights, in place, as SGLang's loaders of experts do it."""
         draw = torch.Generator().manual_seed(seed)
         for name, parameter in self.named_parameters():
+            self.method.maybe_restore_flashinfer_trtllm_bf16_weight_shape_for_load(
+                layer=self, param=parameter, weight_name=name
+            )
             deviation = 1.0 if name.endswith("bias") else parameter.shape[2] ** -0.5
             values = torch.randn(parameter.shape, generator=draw) * deviation
             # Biases are float32 there and come from bfloat16 checkpoints.
@@ -204,7 +206,7 @@ def test_ids_of_other_ranks() -> None:
 
 
 def test_scaling_and_router_weight_on_input() -> None:
-    layer = Layer(routed_scaling_factor=2.5, apply_router_weight_on_input=True)
+    layer = Layer(routed_scaling_factor=2.5, apply_router_weight_on_input=True, top_k=1)
     x, _, ids = routed(k=1)
     scales = torch.rand(13, 1) + 0.25
     ref = layer.expected(x * scales.to(x.dtype), None, ids) * 2.5
@@ -225,7 +227,15 @@ def test_new_weights_keep_their_addresses() -> None:
 
 @pytest.mark.parametrize(
     "config",
-    [{"no_combine": True}, {"activation": "situ"}, {"is_gated": False, "activation": "gelu_tanh"}],
+    [
+        {"no_combine": True},
+        {"activation": "situ"},
+        {"is_gated": False, "activation": "gelu_tanh"},
+        {"activation": "gelu", "gemm1_alpha": 1.5},
+        {"is_gated": False, "gemm1_clamp_limit": 7.0},
+        {"apply_router_weight_on_input": True},
+        {"hidden_size": 60},
+    ],
     ids=str,
 )
 def test_refused(config: dict[str, Any]) -> None:
@@ -233,14 +243,39 @@ def test_refused(config: dict[str, Any]) -> None:
         Layer(**config)
 
 
+def test_other_dispatchers_are_refused_at_the_start() -> None:
+    flags = of("runtime_context", "get_flags")().moe
+    flags.a2a_backend = of("layers.moe.utils", "MoeA2ABackend").DEEPEP
+    try:
+        with pytest.raises(NotImplementedError, match=r"--moe-a2a-backend deepep; use .*triton"):
+            Layer()
+    finally:
+        flags.a2a_backend = None
+
+
+def test_experts_of_a_quantized_checkpoint(ask_for: Callable[[str], None]) -> None:
+    """SGLang's methods for these do not know our runners, and fail each in its way or later."""
+    validate = of("layers.moe.fused_moe_triton.layer", "_validate_hpc_ops_quant_method")
+    validate(of("layers.quantization.unquant", "UnquantizedFusedMoEMethod")())
+    for name in ("fused_moe", "fused_moe_int8"):
+        ask_for(name)
+        with pytest.raises(NotImplementedError, match=rf"{name} runs unquantized.*Layer's"):
+            validate(Layer.__new__(Layer))
+    ask_for("triton")
+    validate(Layer.__new__(Layer))
+
+
+def test_lora_is_refused() -> None:
+    layer = Layer()
+    with pytest.raises(NotImplementedError, match=r"fused_moe does not run .*LoRA; use .*triton"):
+        layer.method.get_moe_quant_info(layer, layer.method.runner.runner_backend)
+
+
 def test_other_dispatchers_are_refused() -> None:
     layer, inputs = Layer(), routed()
-    layer.method.process_weights_after_loading(layer)
     runner = layer.method.runner.runner_core
     with pytest.raises(NotImplementedError, match="LoRA"):
-        runner.run_from_dispatch(
-            dispatched(*inputs), layer.method.fused_moe_experts, layer.moe_runner_config, object()
-        )
+        runner.run_from_dispatch(dispatched(*inputs), None, layer.moe_runner_config, object())
 
 
 def test_compiled_decoding_keeps_our_order() -> None:

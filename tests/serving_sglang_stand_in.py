@@ -10,7 +10,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import enum
-import importlib
+import pkgutil
 import sys
 import types
 from collections.abc import Callable
@@ -47,8 +47,7 @@ class HookRegistry:
             if target in cls._patched:
                 continue
             path, method = target.rsplit(".", 1)
-            module, owner = path.rsplit(".", 1)
-            holder = getattr(importlib.import_module(module), owner)
+            holder = pkgutil.resolve_name(path)
             original = getattr(holder, method)
 
             def wrapper(
@@ -57,6 +56,8 @@ class HookRegistry:
                 return hook(original, *args, **kwargs)
 
             setattr(holder, method, wrapper)
+            if path in _MODULES:  # for the next installation, whose module is a new one
+                _MODULES[path][method] = wrapper
             cls._patched.add(target)
 
 
@@ -65,7 +66,7 @@ class RegisteredMoeRunnerBackend:
     value: str
 
 
-_flags = types.SimpleNamespace(moe=types.SimpleNamespace(runner_backend=None))
+_flags = types.SimpleNamespace(moe=types.SimpleNamespace(runner_backend=None, a2a_backend=None))
 _names = {"auto", "triton"}
 MOE_RUNNER_BACKEND_CHOICES = ["auto", "triton"]
 
@@ -84,6 +85,18 @@ def resolve_moe_runner_backend(backend: Any) -> Any:
 
 def get_moe_runner_backend() -> Any:
     return _flags.moe.runner_backend or RegisteredMoeRunnerBackend("auto")
+
+
+class MoeA2ABackend(enum.Enum):
+    NONE = "none"
+    DEEPEP = "deepep"
+
+    def is_none(self) -> bool:
+        return self is MoeA2ABackend.NONE
+
+
+def get_moe_a2a_backend() -> MoeA2ABackend:
+    return _flags.moe.a2a_backend or MoeA2ABackend.NONE
 
 
 @dataclasses.dataclass
@@ -213,6 +226,17 @@ class UnquantizedFusedMoEMethod:
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
         layer.processed_by = "sglang"
 
+    def restore_weights_before_loading(self, layer: torch.nn.Module) -> None:
+        layer.processed_by = None
+
+    def maybe_restore_flashinfer_trtllm_bf16_weight_shape_for_load(
+        self, layer: torch.nn.Module, param: torch.nn.Parameter, weight_name: str
+    ) -> None:
+        layer.processed_by = None
+
+    def get_moe_quant_info(self, layer: torch.nn.Module, runner_backend: Any) -> Any:
+        return "sglang"
+
     def create_moe_runner(self, layer: torch.nn.Module, moe_runner_config: Any) -> None:
         self.runner = types.SimpleNamespace(runner_backend=RegisteredMoeRunnerBackend("triton"))
 
@@ -231,6 +255,10 @@ class UnquantizedFusedMoEMethod:
     forward_native = forward_cpu
 
 
+def _validate_hpc_ops_quant_method(quant_method: Any) -> None:
+    return None
+
+
 _MODULES: dict[str, dict[str, Any]] = {
     "sglang.version": {"__version__": "0.5.23"},
     "sglang.srt.arg_groups.choices": {
@@ -239,6 +267,9 @@ _MODULES: dict[str, dict[str, Any]] = {
     },
     "sglang.srt.plugins.hook_registry": {"HookRegistry": HookRegistry, "HookType": HookType},
     "sglang.srt.runtime_context": {"get_flags": get_flags},
+    _MOE + "fused_moe_triton.layer": {
+        "_validate_hpc_ops_quant_method": _validate_hpc_ops_quant_method
+    },
     _MOE + "moe_runner.base": {
         "DispatchMoeRunnerCore": DispatchMoeRunnerCore,
         "MoeQuantInfo": MoeQuantInfo,
@@ -254,6 +285,8 @@ _MODULES: dict[str, dict[str, Any]] = {
     },
     _MOE + "topk": {"StandardTopKOutput": StandardTopKOutput},
     _MOE + "utils": {
+        "MoeA2ABackend": MoeA2ABackend,
+        "get_moe_a2a_backend": get_moe_a2a_backend,
         "get_moe_runner_backend": get_moe_runner_backend,
         "resolve_moe_runner_backend": resolve_moe_runner_backend,
     },
@@ -274,6 +307,9 @@ MIRRORED: tuple[tuple[str, type, tuple[str, ...]], ...] = (
             "create_weights",
             "create_moe_runner",
             "process_weights_after_loading",
+            "restore_weights_before_loading",
+            "maybe_restore_flashinfer_trtllm_bf16_weight_shape_for_load",
+            "get_moe_quant_info",
             "apply",
             "forward_cuda",
             "forward_cpu",
@@ -299,6 +335,6 @@ def install() -> None:
 
 
 def uninstall() -> None:
-    """Takes them away; one installation a process is enough."""
+    """Takes them away; what was hooked stays hooked."""
     for name in [n for n in sys.modules if n.split(".")[0] == "sglang"]:
         del sys.modules[name]

@@ -235,7 +235,7 @@ def replace_parameter(layer: Any, param_name: str, new_tensor: torch.Tensor) -> 
     old = getattr(layer, param_name, None)
     if old is not None and (old.shape, old.dtype) == (new_tensor.shape, new_tensor.dtype):
         old.data.copy_(new_tensor)
-    elif old is not None and old.dtype.is_floating_point == new_tensor.dtype.is_floating_point:
+    elif old is not None:
         old.data = new_tensor
     else:
         setattr(layer, param_name, torch.nn.Parameter(new_tensor, requires_grad=False))
@@ -245,6 +245,7 @@ class _Method(CustomOp):
     """What FusedMoEMethodBase and the modular kernel do on one rank."""
 
     experts_cls: Any = None
+    supports_pre_processed_weights: bool = False
 
     def __init__(self, moe: Any) -> None:
         super().__init__()
@@ -302,6 +303,7 @@ class UnquantizedFusedMoEMethod(_Method):
     def __init__(self, moe: Any) -> None:
         super().__init__(moe)
         self.unquantized_backend, self.experts_cls = UnquantizedMoeBackend.CPU, object
+        self.supports_pre_processed_weights = True
 
     def _setup_kernel(self, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
         raise AssertionError("vLLM's own experts are not here")
@@ -316,6 +318,8 @@ class Int8OnlineMoEMethod(_Method):
         self.int8_backend, self.experts_cls = Int8MoeBackend.CPU, object
 
     def process_weights_after_loading(self, layer: Any) -> None:
+        if getattr(layer, "_already_called_process_weights_after_loading", False):
+            return
         for name in ("w13", "w2"):
             weight = getattr(layer, f"{name}_weight")
             scale = weight.abs().amax(dim=2) / 127
@@ -323,6 +327,7 @@ class Int8OnlineMoEMethod(_Method):
             replace_parameter(layer, f"{name}_weight", q)
             replace_parameter(layer, f"{name}_scale", scale.float())
         self._setup_kernel(layer)
+        layer._already_called_process_weights_after_loading = True
 
     def _setup_kernel(self, layer: Any) -> None:
         self._init_moe_kernel(layer)

@@ -15,8 +15,8 @@ framework=${1:?vllm or sglang}
 wheel=$(realpath "${2:?the wheel of fused_moe}")
 cd "$(dirname "${BASH_SOURCE[0]}")/../.."
 case $framework in
-  vllm) release=vllm==0.33.0 tests=(tests/serving_frameworks.py tests/serving_layers.py) ;;
-  sglang) release=sglang==0.5.23 tests=(tests/serving_sglang.py tests/serving_layers.py) ;;
+  vllm) release=vllm==0.33.0 tests=(tests/serving_{frameworks,layers,updates}.py) ;;
+  sglang) release=sglang==0.5.23 tests=(tests/serving_{sglang,layers,updates}.py) ;;
   *)
     echo "$framework is neither vllm nor sglang" >&2
     exit 1

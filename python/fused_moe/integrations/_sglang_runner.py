@@ -8,22 +8,25 @@ another rank's; the partial sums of ranks are added by SGLang.
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 import torch
 from sglang.srt.layers.moe.moe_runner.base import (
     DispatchMoeRunnerCore,
-    MoeQuantInfo,
     MoeRunnerConfig,
 )
 from sglang.srt.layers.moe.moe_runner.runner import MoeRunner
 from sglang.srt.layers.moe.token_dispatcher.standard import StandardCombineInput
-from sglang.srt.layers.moe.utils import get_moe_runner_backend, resolve_moe_runner_backend
+from sglang.srt.layers.moe.utils import (
+    get_moe_a2a_backend,
+    get_moe_runner_backend,
+    resolve_moe_runner_backend,
+)
+from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod
 
 from fused_moe.activation import ActivationType
+from fused_moe.integrations._sglang_weights import NO_RELOAD, Experts, experts_of, prepare, restore
 from fused_moe.op import cutlass_fused_moe
-from fused_moe.quantization import quantize_int8, up_gate_from_gate_up
 
 # Names for --moe-runner-backend, and whether the experts are quantized after loading.
 BACKENDS = {"fused_moe": False, "fused_moe_int8": True}
@@ -38,28 +41,6 @@ _PLAIN = {
     "gelu": ActivationType.Gelu,
     "relu2": ActivationType.Relu2,
 }
-
-
-@dataclasses.dataclass
-class Experts(MoeQuantInfo):
-    """A layer's weights in our order, and what its activation is.
-
-    Attributes:
-        w13, w2: [E_l, 2I or I, H] with rows [up; gate], and [E_l, H, I]; int8 or the input's dtype.
-        scales: those of INT8 weights; empty otherwise.
-        b13, b2: biases in the input's dtype, or None.
-        alpha, beta, limit: [E_l] float32, or None.
-    """
-
-    w13: torch.Tensor
-    w2: torch.Tensor
-    scales: list[torch.Tensor]
-    b13: torch.Tensor | None
-    b2: torch.Tensor | None
-    activation: ActivationType
-    alpha: torch.Tensor | None
-    beta: torch.Tensor | None
-    limit: torch.Tensor | None
 
 
 class FusedMoeRunnerCore(DispatchMoeRunnerCore):
@@ -120,20 +101,10 @@ class FusedMoeRunnerCore(DispatchMoeRunnerCore):
 def activation_of(
     config: MoeRunnerConfig,
 ) -> tuple[ActivationType, float | None, float | None, float | None]:
-    """Our activation for SGLang's, with alpha, beta and limit.
-
-    Raises:
-        NotImplementedError: it is not among ours, or the layer does not add up its choices.
-    """
-    known = (_GATED if config.is_gated else _PLAIN).get(config.activation)
-    if known is None or config.no_combine:
-        wanted = (
-            "no_combine" if config.no_combine else f"the activation {config.activation!r}"
-        ) + (", gated" if config.is_gated else ", ungated")
-        raise NotImplementedError(
-            f"--moe-runner-backend fused_moe does not run a layer with {wanted}; use "
-            "--moe-runner-backend triton"
-        )
+    """Our activation for SGLang's, with alpha, beta and limit."""
+    if not config.is_gated:
+        return _PLAIN[config.activation], None, None, None
+    known = _GATED[config.activation]
     if known is not ActivationType.Swiglu:
         return known, None, None, None
     if config.gemm1_alpha is not None:
@@ -147,51 +118,28 @@ def activation_of(
     return known, None, None, None
 
 
-def prepare(layer: Any, int8: bool) -> Experts:
-    """Puts a loaded layer's rows of fc1 in our order, and quantizes it if `int8`.
-
-    16-bit weights keep their addresses, for CUDA graphs that were captured before a reload. INT8
-    ones take the place of the layer's parameters and cannot be loaded into again.
-    """
-    config = layer.moe_runner_config
-    activation, *parameters = activation_of(config)
-    alternating = config.gemm1_alpha is not None and config.gate_up_interleaved
-
-    def in_our_order(rows: torch.Tensor) -> torch.Tensor:
-        if not activation.is_gated:
-            return rows
-        if alternating:
-            return torch.cat([rows[:, 1::2], rows[:, 0::2]], dim=1)
-        return up_gate_from_gate_up(rows)
-
-    w13, w2 = in_our_order(layer.w13_weight.data), layer.w2_weight.data
-    dtype = w2.dtype
-    scales: list[torch.Tensor] = []
-    if int8:
-        (w13, scale13), (w2, scale2) = quantize_int8(w13), quantize_int8(w2)
-        scales = [scale13, scale2]
-        layer.w13_weight = torch.nn.Parameter(w13, requires_grad=False)
-        layer.w2_weight = torch.nn.Parameter(w2, requires_grad=False)
-    elif activation.is_gated:
-        layer.w13_weight.data.copy_(w13)
-    b13, b2 = getattr(layer, "w13_weight_bias", None), getattr(layer, "w2_weight_bias", None)
-    alpha, beta, limit = (
-        None
-        if value is None
-        else torch.full((w2.shape[0],), float(value), dtype=torch.float32, device=w2.device)
-        for value in parameters
-    )
-    return Experts(
-        w13=layer.w13_weight.data,
-        w2=layer.w2_weight.data,
-        scales=scales,
-        b13=None if b13 is None else in_our_order(b13.data).to(dtype),
-        b2=None if b2 is None else b2.data.to(dtype),
-        activation=activation,
-        alpha=alpha,
-        beta=beta,
-        limit=limit,
-    )
+def refusal(config: MoeRunnerConfig, int8: bool) -> str | None:
+    """Why a layer of this configuration is not ours to run; None where it is."""
+    known = config.activation in (_GATED if config.is_gated else _PLAIN)
+    given = config.gemm1_alpha is not None or config.gemm1_clamp_limit is not None
+    if not known or (given and not (config.is_gated and config.activation == "silu")):
+        kind = "gated" if config.is_gated else "ungated"
+        parameters = ", with gemm1_alpha or gemm1_clamp_limit" if known else ""
+        return f"the activation {config.activation!r}, {kind}{parameters}"
+    if config.no_combine:
+        return "no_combine"
+    if config.apply_router_weight_on_input and config.top_k != 1:
+        return f"apply_router_weight_on_input and {config.top_k} experts a token"
+    if not get_moe_a2a_backend().is_none():
+        return f"--moe-a2a-backend {get_moe_a2a_backend().value}"
+    multiple = 16 if int8 else 8
+    for name, size in (
+        ("hidden size", config.hidden_size),
+        ("intermediate size of a rank", config.intermediate_size_per_partition),
+    ):
+        if size is not None and size % multiple:
+            return f"the {name} {size}, no multiple of {multiple}"
+    return None
 
 
 def _is_ours(method: Any) -> bool:
@@ -203,13 +151,22 @@ def _is_ours(method: Any) -> bool:
 
 
 def around_create_moe_runner(original: Any, method: Any, layer: Any, config: Any) -> None:
-    """Gives the method our runner where --moe-runner-backend names it."""
+    """Gives the method our runner where --moe-runner-backend names it.
+
+    Raises:
+        NotImplementedError: it does not run such a layer.
+    """
     backend = get_moe_runner_backend()
     if backend.value not in BACKENDS:
         original(method, layer, config)
         return
-    activation_of(config)
+    if (reason := refusal(config, BACKENDS[backend.value])) is not None:
+        raise NotImplementedError(
+            f"--moe-runner-backend {backend.value} does not run a layer with {reason}; use "
+            "--moe-runner-backend triton"
+        )
     method.moe_runner_config = config
+    method.fused_moe_activation = activation_of(config)
     method.runner = MoeRunner(backend, config)
 
 
@@ -218,16 +175,69 @@ def around_process_weights(original: Any, method: Any, layer: Any) -> None:
     if not _is_ours(method):
         original(method, layer)
         return
-    method.fused_moe_experts = prepare(layer, BACKENDS[method.runner.runner_backend.value])
+    prepare(layer, BACKENDS[method.runner.runner_backend.value])
+
+
+def around_restore(original: Any, method: Any, layer: Any) -> None:
+    """SGLang calls this at the beginning of an update of weights."""
+    if not _is_ours(method):
+        original(method, layer)
+        return
+    restore(layer)
+
+
+def around_restore_for_load(
+    original: Any, method: Any, layer: Any, param: Any, weight_name: str
+) -> None:
+    """SGLang's loaders of experts call this before each tensor that they load.
+
+    Raises:
+        RuntimeError: the experts are INT8 already.
+    """
+    if not _is_ours(method):
+        original(method, layer, param, weight_name)
+        return
+    if param.dtype == torch.int8:
+        raise RuntimeError(NO_RELOAD)
+    restore(layer)
 
 
 def around_forward(original: Any, method: Any, layer: Any, dispatch_output: Any) -> Any:
     """Runs the layer; SGLang has one such method for each kind of device."""
     if not _is_ours(method):
         return original(method, layer, dispatch_output)
-    return method.runner.run(dispatch_output, method.fused_moe_experts)
+    return method.runner.run(dispatch_output, experts_of(layer, method.fused_moe_activation))
 
 
 def around_torch_compile_forward(original: Any, method: Any, num_tokens: int) -> Any:
     """None keeps our forward, where SGLang would take one that reads its own order of rows."""
     return None if _is_ours(method) else original(method, num_tokens)
+
+
+def around_quant_info(original: Any, method: Any, layer: Any, runner_backend: Any) -> Any:
+    """What SGLang's LoRA layers ask for to run the experts themselves.
+
+    Raises:
+        NotImplementedError: the experts are ours.
+    """
+    if not _is_ours(method):
+        return original(method, layer, runner_backend)
+    raise NotImplementedError(
+        f"--moe-runner-backend {runner_backend.value} does not run experts with LoRA; use "
+        "--moe-runner-backend triton"
+    )
+
+
+def around_validate(original: Any, quant_method: Any) -> None:
+    """SGLang's layers of experts show this the method that they chose.
+
+    Raises:
+        NotImplementedError: one of our runners was asked for and the method has none.
+    """
+    original(quant_method)
+    backend = get_moe_runner_backend()
+    if backend.value in BACKENDS and not isinstance(quant_method, UnquantizedFusedMoEMethod):
+        raise NotImplementedError(
+            f"--moe-runner-backend {backend.value} runs unquantized experts; these are "
+            f"{type(quant_method).__name__}'s: leave it out, or use an unquantized checkpoint"
+        )

@@ -8,7 +8,9 @@ map to this rank's, or as this rank's; the partial sums of ranks are added by vL
 
 from __future__ import annotations
 
+import functools
 import logging
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -28,10 +30,12 @@ from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 
 from fused_moe.activation import ActivationType
+from fused_moe.integrations._activation_parameters import for_each_expert
 from fused_moe.op import cutlass_fused_moe
 from fused_moe.quantization import up_gate_from_gate_up
 
-_log = logging.getLogger(__name__)
+# Below vLLM's logger, whose handler and level it has.
+_log = logging.getLogger("vllm.fused_moe")
 
 _ACTIVATIONS = {
     MoEActivation.SILU: ActivationType.Swiglu,
@@ -53,21 +57,6 @@ _SCHEMES = {(None, None): 8, (kInt8StaticChannelSym, None): 16}
 
 class FusedMoeExperts(mk.FusedMoEExpertsModular):
     """`cutlass_fused_moe` as vLLM's modular experts: routing weights and the sum included."""
-
-    def __init__(self, moe_config: Any, quant_config: Any) -> None:
-        super().__init__(moe_config, quant_config)
-        alpha, beta, limit = self._swiglu_parameters(moe_config.activation)
-        self._swiglu = [
-            None
-            if value is None
-            else torch.full(
-                (moe_config.num_local_experts,),
-                float(value),
-                dtype=torch.float32,
-                device=moe_config.device,
-            )
-            for value in (alpha, beta, limit)
-        ]
 
     def _swiglu_parameters(
         self, activation: Any
@@ -160,7 +149,10 @@ class FusedMoeExperts(mk.FusedMoEExpertsModular):
         if expert_map is not None:
             ids = torch.where(ids < 0, -1, expert_map[ids.clamp_min(0)].to(torch.int32))
         quantized = w1.dtype == torch.int8
-        alpha, beta, limit = self._swiglu
+        alpha, beta, limit = (
+            for_each_expert(value, w1.shape[0], w1.device)
+            for value in self._swiglu_parameters(activation)
+        )
         cutlass_fused_moe(
             hidden_states.contiguous(),
             ids,
@@ -186,6 +178,8 @@ def refusal(moe: Any, weight_key: Any) -> str | None:
     )
     if not supported:
         return str(reason)
+    if current_platform.is_cuda() and moe.in_dtype not in (torch.float16, torch.bfloat16):
+        return f"kernel does not support activations of {moe.in_dtype}"
     multiple = _SCHEMES[weight_key, None]
     for name, size in (
         ("hidden size", moe.hidden_dim),
@@ -211,6 +205,41 @@ def _in_our_order(rows: torch.Tensor, activation: Any) -> torch.Tensor:
     return up_gate_from_gate_up(rows)
 
 
+def _refuse_to_load(layer: Any, name: str) -> None:
+    """Makes the loader of a parameter that is not as in a checkpoint any more say so.
+
+    vLLM's reload_weights and weight transfer put parameters as in a checkpoint in its place while
+    they load; `model.load_weights` alone does not, and would load the gate where up belongs.
+    """
+    original: Callable[..., Any] | None = getattr(getattr(layer, name, None), "weight_loader", None)
+    if original is None or hasattr(original, "refuses"):
+        return
+
+    def refusing_loader(
+        param: torch.nn.Parameter,
+        loaded_weight: torch.Tensor,
+        weight_name: str,
+        shard_id: str,
+        expert_id: int,
+        return_success: bool = False,
+    ) -> bool | None:
+        # Experts of other ranks may come after all of this one's have.
+        if layer._map_global_expert_id_to_local_expert_id(expert_id) != -1:
+            raise RuntimeError(
+                f"{weight_name} is in fused_moe's order of rows or INT8, and a checkpoint's tensor "
+                "cannot be loaded into it: use vLLM's reload_weights or its weight transfer"
+            )
+        return False if return_success else None
+
+    refusing_loader.refuses = True  # type: ignore[attr-defined]
+    getattr(layer, name).weight_loader = refusing_loader
+
+
+@functools.cache
+def _say_once(message: str) -> None:
+    _log.info(message)
+
+
 class FusedMoeMethod(UnquantizedFusedMoEMethod):
     """16-bit experts on our layer; on vLLM's own choice where `refusal` says why, with a warning.
 
@@ -230,7 +259,10 @@ class FusedMoeMethod(UnquantizedFusedMoEMethod):
         # Of vLLM's names the one that asks for nothing before or after loading.
         self.unquantized_backend = UnquantizedMoeBackend.TRITON
         self.experts_cls = FusedMoeExperts
-        self.supports_pre_processed_weights = True
+        # Those of vLLM's weight cache are in the order of the process that loaded them, which need
+        # not be ours: the key to the cache does not know.
+        self.supports_pre_processed_weights = False
+        _say_once("16-bit experts run on fused_moe")
 
     def _setup_kernel(self, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
         if self.experts_cls is not FusedMoeExperts:
@@ -243,6 +275,9 @@ class FusedMoeMethod(UnquantizedFusedMoEMethod):
         if self.moe.has_bias:
             bias = _in_our_order(layer.w13_bias.data, self.moe.activation)
             replace_parameter(layer, "w13_bias", bias)
+        if self.moe.activation.is_gated:
+            for name in ("w13_weight", "w13_bias"):
+                _refuse_to_load(layer, name)
         if first:
             self._init_moe_kernel(layer)
 
@@ -261,12 +296,15 @@ class FusedMoeInt8Method(Int8OnlineMoEMethod):
         super(Int8OnlineMoEMethod, self).__init__(moe)
         self.int8_backend = Int8MoeBackend.TRITON
         self.experts_cls = FusedMoeExperts
+        _say_once("INT8 experts run on fused_moe")
 
     def _setup_kernel(self, layer: Any) -> None:
         for name in ("w13_weight", "w13_scale", "w13_bias"):
             rows = getattr(layer, name, None)
             if rows is not None:
                 replace_parameter(layer, name, _in_our_order(rows.data, self.moe.activation))
+        for name in ("w13_weight", "w2_weight", "w13_bias"):
+            _refuse_to_load(layer, name)
         super()._setup_kernel(layer)
 
 

@@ -19,15 +19,22 @@ import logging
 TESTED_VERSION = "0.5.23"
 
 _METHOD = "sglang.srt.layers.quantization.unquant.UnquantizedFusedMoEMethod."
-# Its methods, and which function of _sglang_runner goes around each. `forward_native` is
+# What is hooked, and which function of _sglang_runner goes around each. `forward_native` is
 # another name of `forward_cpu` there and needs a hook of its own.
 _HOOKS = {
-    "create_moe_runner": "around_create_moe_runner",
-    "process_weights_after_loading": "around_process_weights",
-    "forward_cuda": "around_forward",
-    "forward_cpu": "around_forward",
-    "forward_native": "around_forward",
-    "_torch_compile_forward": "around_torch_compile_forward",
+    _METHOD + "create_moe_runner": "around_create_moe_runner",
+    _METHOD + "process_weights_after_loading": "around_process_weights",
+    _METHOD + "restore_weights_before_loading": "around_restore",
+    _METHOD
+    + "maybe_restore_flashinfer_trtllm_bf16_weight_shape_for_load": "around_restore_for_load",
+    _METHOD + "forward_cuda": "around_forward",
+    _METHOD + "forward_cpu": "around_forward",
+    _METHOD + "forward_native": "around_forward",
+    _METHOD + "_torch_compile_forward": "around_torch_compile_forward",
+    _METHOD + "get_moe_quant_info": "around_quant_info",
+    "sglang.srt.layers.moe.fused_moe_triton.layer._validate_hpc_ops_quant_method": (
+        "around_validate"
+    ),
 }
 
 _log = logging.getLogger(__name__)
@@ -65,10 +72,8 @@ def register(*, any_version: bool = False) -> None:
             name, lambda config, name=name: ours.FusedMoeRunnerCore(config, name)
         )
     choices.add_moe_runner_backend_choices(list(ours.BACKENDS))
-    for method, function in _HOOKS.items():
-        hooks.HookRegistry.register(
-            _METHOD + method, getattr(ours, function), hooks.HookType.AROUND
-        )
+    for target, function in _HOOKS.items():
+        hooks.HookRegistry.register(target, getattr(ours, function), hooks.HookType.AROUND)
     _registered = True
 
 
