@@ -41,6 +41,11 @@ def test_the_good_call_is_good(weights: str) -> None:
     assert cutlass_fused_moe(**good(weights)).isfinite().all()
 
 
+def test_the_least_that_is_allowed() -> None:
+    layer = make_layer(tokens=1, experts=1, top_k=1)
+    assert cutlass_fused_moe(**layer, tune_max_num_tokens=1).isfinite().all()
+
+
 @pytest.mark.parametrize("bad", CALLS, ids=lambda bad: bad.name)
 def test_bad(bad: Bad) -> None:
     arguments = good(bad.weights)
@@ -78,7 +83,8 @@ def test_multiples(which: str, excess: int, weights: str) -> None:
         assert cutlass_fused_moe(**arguments).isfinite().all()
     else:
         multiple = "8" if weights == "same" else "16"
-        words = (f"the {which} size", str(64 + excess), f"positive multiple of {multiple}")
+        name = {"hidden": "input.shape[1]", "intermediate": "fc2_expert_weights.shape[2]"}[which]
+        words = (f"the {which} size ({name}) is {64 + excess}", f"positive multiple of {multiple}")
         rejects(arguments, ValueError, words)
 
 
@@ -100,7 +106,8 @@ def test_multiples_of_4_bit_weights(which: str, excess: int, weights: str) -> No
         ("fc2_expert_weights", (4, hidden, intermediate // 2)),
     ):
         arguments[name] = torch.zeros(shape, dtype=torch.uint8)
-    words = (f"the {which} size", "positive multiple of 32")
+    name = {"hidden": "input.shape[1]", "intermediate": "fc2_expert_weights.shape[2] * 2"}[which]
+    words = (f"the {which} size ({name}) is", "positive multiple of 32")
     if excess == 33 and which == "intermediate":
         words = ("quant_scales[0] has the shape", "(groups of 32)")
     rejects(arguments, ValueError, words)
@@ -161,6 +168,39 @@ def test_too_many_slots() -> None:
     with pytest.raises(ValueError, match=r"num_tokens \* top_k is 2147482625.*at most 2147482624"):
         plan(2**31 - 1023, 1)
     assert plan(2**31 - 1024, 1) >= 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_tokens": -1}, r"num_tokens is -1; it must be 0 or more"),
+        ({"num_experts": 0}, r"num_experts is 0; it must be 1 or more"),
+        ({"top_k": 0}, r"top_k is 0; it must be 1 or more"),
+        ({"ep_size": 3}, r"num_experts is 8; it must be a multiple of ep_size, 3"),
+        ({"ep_size": 2, "ep_rank": 2}, r"ep_rank is 2; it must be from 0 to ep_size - 1 = 1"),
+        ({"tp_rank": 1}, r"tp_rank is 1"),
+        ({"hidden_size": 0}, r"hidden size .* is 0; .* positive multiple of 8"),
+        ({"intermediate_size": -16}, r"intermediate size .* is -16; .* positive multiple of 8"),
+        ({"activation_type": -1}, r"activation_type is -1; .*Gelu 0"),
+        ({"output_dtype": torch.float64}, r"output_dtype is torch\.float64"),
+        (
+            {"num_experts": 8196, "ep_size": 4, "backend": "sm80"},
+            r"num_experts / ep_size is 2049; it must be at most 2048",
+        ),
+    ],
+    ids=str,
+)
+def test_bad_workspace_queries(changes: Arguments, words: str) -> None:
+    sizes = {"num_tokens": 13, "hidden_size": 64, "intermediate_size": 48}
+    query = {**sizes, "num_experts": 8, "top_k": 2, "x_dtype": torch.bfloat16, "backend": "cpu"}
+    assert cutlass_fused_moe_workspace_size(**query) == 0
+    with pytest.raises(ValueError, match=words):
+        cutlass_fused_moe_workspace_size(**{**query, **changes})
+
+
+def test_a_workspace_query_without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert cutlass_fused_moe_workspace_size(13, 64, 48, 8, 2, x_dtype=torch.float32) == 0
 
 
 def test_old_devices_are_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -116,6 +116,16 @@ def test_addresses(extension: Extension, options: dict[str, Any]) -> None:
     assert run["add_fc2_bias"] == ("biases" in options)
 
 
+def test_what_is_not_given_has_no_address(extension: Extension) -> None:
+    layer = {**make_layer(), "token_final_scales": None}
+    cutlass_fused_moe(**layer, backend="sm80")
+    (run,) = extension.runs
+    missing = {name for name, address in addresses_of(layer).items() if not address}
+    assert missing >= {"scales", "fc1_scales", "fc2_scales", "fc1_bias", "fc2_bias", "swiglu_beta"}
+    assert {run[name] for name in missing} == {0} and run["weight_scale_dtype"] == 0
+    assert run["problem"]["activation"] == 3, "only parameters make Swiglu SwigluBias"
+
+
 def test_problem(extension: Extension) -> None:
     layer = make_layer(
         weights="uint8", dtype=torch.float16, output_dtype=torch.bfloat16, ep_size=4, ep_rank=2

@@ -205,9 +205,6 @@ def check_multiples(hidden_size: int, intermediate_size: int, weight_format: int
 
 
 def _check_python_types(s: Signature) -> None:
-    for index, meta in enumerate(s.quant_scales):
-        if meta is None:
-            raise TypeError(f"quant_scales[{index}] is None; it must be a torch.Tensor")
     if not isinstance(s.output_dtype, torch.dtype):
         raise TypeError(
             f"output_dtype is {s.output_dtype!r}; it must be a torch.dtype: torch.float16 or "
