@@ -20,6 +20,7 @@ EVERYWHERE = (
     "dispatched_same_bits",
     "meshes_with_one_kind",
     "ranks_that_disagree",
+    "refused_before_anything_is_sent",
     "parallel_graphs.refused_in_a_graph",
 )
 FOUR_RANKS = (

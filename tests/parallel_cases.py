@@ -6,6 +6,7 @@ Each rank takes its share of the same layer, and knows what one process would co
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 import re
 from typing import Any
@@ -16,7 +17,7 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from cpu_layer import WEIGHTS
 from fused_moe import ActivationType
-from fused_moe.parallel import ParallelGroups, dispatched_moe, replicated_moe
+from fused_moe.parallel import ExpertWeights, ParallelGroups, dispatched_moe, replicated_moe
 from parallel_layer import (
     EXPERTS,
     Layer,
@@ -166,6 +167,33 @@ def ranks_that_disagree(me: Rank) -> None:
         else:
             raise AssertionError(f"no error: {text}")
     layer.check(dispatched_moe(x, ids, scales, mine, groups), x, ids, scales)
+
+
+def refused_before_anything_is_sent(me: Rank) -> None:
+    """What one rank alone has wrong it is told before the others wait for it: all work on."""
+    layer = exact_layer(me)
+    groups = ParallelGroups(ep=dist.group.WORLD)
+    mine = layer.experts.shard(groups)
+    x, ids, scales = layer.tokens(6)
+    assert mine.fc2_biases is not None
+    # The first is seen by dispatched_moe, the others by the operator.
+    few = dataclasses.replace(mine, fc2_biases=mine.fc2_biases[:1])
+    plain = dataclasses.replace(mine, activation_type=ActivationType.Swiglu)
+    cases: list[tuple[str, torch.Tensor, ExpertWeights]] = [
+        ("token_selected_experts is a torch.int32 tensor of shape [6, 0]", ids[:, :0], mine),
+        ("fc2_expert_biases has the shape [1, 64]", ids, few),
+        ("fc1_expert_weights", ids, plain),
+    ]
+    for text, chosen, experts in cases:
+        for form in FEW_FORMS:
+            if me.rank == 1:
+                try:
+                    dispatched_moe(x, chosen.contiguous(), None, experts, groups, **form)
+                except ValueError as error:
+                    assert text in str(error), error
+                else:
+                    raise AssertionError(f"no error: {text}")
+            layer.check(dispatched_moe(x, ids, scales, mine, groups, **form), x, ids, scales)
 
 
 def meshes(me: Rank) -> None:

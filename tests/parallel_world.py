@@ -29,6 +29,9 @@ _PRELOAD = ["torch", "torch.distributed.device_mesh", "fused_moe.parallel", "par
 
 PASSED = "passed"
 
+# What a rank has to end its process group and itself.
+_LEAVE_SECONDS = 30
+
 
 @dataclasses.dataclass(frozen=True)
 class Rank:
@@ -50,8 +53,8 @@ def run_world(
     names: Sequence[str],
     *,
     backend: str = "gloo",
-    group_timeout: float = 120.0,
-    deadline: float = 240.0,
+    group_timeout: float = 60.0,
+    deadline: float = 120.0,
     environment: dict[str, str] | None = None,
     take_leave: bool = True,
     idle: int | None = None,
@@ -104,12 +107,15 @@ def run_world(
                 except EOFError:
                     del ends[end]
         for rank, process in enumerate(processes):
-            process.join(max(0.0, until - time.monotonic()) if rank not in ends.values() else 0)
+            process.join(0 if rank in ends.values() else _LEAVE_SECONDS)
             if process.is_alive():
                 process.kill()
                 process.join()
                 late = f" after {deadline:g} s" if rank != idle else ""
                 ended = f"not run: the rank was killed{late}"
+                if rank not in ends.values():
+                    stuck = f"the rank did not end within {_LEAVE_SECONDS} s of its last case"
+                    results[names[-1]][rank] = stuck
             else:
                 ended = f"not run: the rank ended with status {process.exitcode}"
             for name in names:
@@ -128,7 +134,8 @@ def _serve(
     take_leave: bool,
 ) -> None:
     """The life of one rank."""
-    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="lo")
+    # Nothing but the loopback interface, which is all that a sandbox has.
+    os.environ.update(GLOO_SOCKET_IFNAME="lo", NCCL_SOCKET_IFNAME="=lo", NCCL_IB_DISABLE="1")
     # Multicast through NVLink is the host's, not the test's: others may share its switches.
     os.environ.update(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
     os.environ.update(environment)

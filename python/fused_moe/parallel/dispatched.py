@@ -115,6 +115,9 @@ def dispatched_moe(
             row_per_expert,
             backend,
         )
+        # The operator's own checks, by a call without tokens: an error of this rank must not come
+        # when the others wait for its results.
+        call.run_experts(input[:0], call.routing(0, 0))
         parts: list[lanes.Chunk]
         if max_tokens is None:
             parts = _uneven_chunks(call, chunks)
@@ -199,16 +202,17 @@ def _check_tensors(
     experts: ExpertWeights,
     output_dtype: torch.dtype,
 ) -> None:
-    """Checks what must be right before anything is exchanged; the operator checks the rest."""
+    """Checks what this package itself relies on; the operator checks the rest."""
     if input.ndim != 2 or input.shape[1] != experts.hidden_size or input.dtype not in _DTYPES:
         raise ValueError(
             f"input is a {input.dtype} tensor of shape {list(input.shape)}; it must be [tokens, "
             f"{experts.hidden_size}], the hidden size of experts, and one of {list(_DTYPES)}"
         )
-    if ids.dtype != torch.int32 or ids.ndim != 2 or ids.shape[0] != input.shape[0]:
+    shape = list(ids.shape)
+    if ids.dtype != torch.int32 or shape[:1] != [input.shape[0]] or len(shape) != 2 or not shape[1]:
         raise ValueError(
-            f"token_selected_experts is a {ids.dtype} tensor of shape {list(ids.shape)}; it must "
-            f"be torch.int32, [{input.shape[0]}, experts a token]"
+            f"token_selected_experts is a {ids.dtype} tensor of shape {shape}; it must be "
+            f"torch.int32, [{input.shape[0]}, experts a token: 1 or more]"
         )
     if scales is not None and (scales.dtype != torch.float32 or scales.shape != ids.shape):
         raise ValueError(
