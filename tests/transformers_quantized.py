@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import importlib.util
+import shutil
 import sys
 import weakref
 from pathlib import Path
@@ -119,9 +120,51 @@ def test_quantizing_while_reading(
         model.state_dict()
 
 
+@pytest.mark.parametrize("shift", [0, 8])
+def test_quantizing_biases_of_a_mapped_file(
+    shift: int, folders: dict[str, Path], tmp_path: Path
+) -> None:
+    # One of the two shifts makes the file's tensors start between two multiples of 16 bytes.
+    from safetensors.torch import load_file, save_file
+
+    (file,) = folders["gpt_oss"].glob("*.safetensors")
+    shutil.copy(folders["gpt_oss"] / "config.json", tmp_path)
+    metadata = {"format": "pt", "shift": "x" * shift}
+    save_file(load_file(file), tmp_path / "model.safetensors", metadata=metadata)
+    model = transformers.AutoModelForCausalLM.from_pretrained(
+        tmp_path,
+        dtype=torch.float32,
+        quantization_config=moe.quantization("int8"),
+        attn_implementation="eager",
+    )
+    assert torch.equal(run(model), run(load(folders["gpt_oss"], "fused_moe_int8")))
+
+
+@pytest.mark.parametrize("kept", ["int8", "int4", "mxfp4"])
+@both_layouts
+def test_scales_keep_their_dtype(family: str, kept: str, folders: dict[str, Path]) -> None:
+    model = load(folders[family], f"fused_moe_{kept}")
+    moe.prepare(model)
+    model.to(torch.bfloat16)
+    # Of weights that bfloat16 holds, so that converting first changes nothing but the rest.
+    expected = load(folders[family], f"fused_moe_{kept}").to(torch.bfloat16)
+    assert torch.equal(run(model), run(expected))
+
+
 def test_quantization_names_its_formats() -> None:
     with pytest.raises(ValueError, match=r"experts is 'fp8'; it must be one of \['int8', 'int4'"):
         moe.quantization("fp8")
+
+
+def test_weights_that_cannot_be_quantized(folders: dict[str, Path]) -> None:
+    model = load(folders["mixtral"], "fused_moe_int8")
+    experts_modules(model)[0].down_proj.data[1, 2, 3] = float("nan")
+    with pytest.raises(ValueError, match="weight has an infinity or a NaN"):
+        run(model)
+    for name in ("fused_moe_int8", "fused_moe", "eager"):  # by now one weight is INT8, one is not
+        model.set_experts_implementation(name)
+        with pytest.raises(RuntimeError, match=r"stopped halfway.*load the model again"):
+            run(model)
 
 
 def test_a_quantized_model_cannot_go_back(folders: dict[str, Path], tmp_path: Path) -> None:

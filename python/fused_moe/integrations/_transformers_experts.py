@@ -23,7 +23,7 @@ from fused_moe.reference import reference_activation
 # Bytes of weights rearranged at once: what the conversion needs beside the weights.
 _BLOCK = 1 << 26
 # Relative error of an activation that is the same formula in float32; another formula is off by
-# 5e-5 or more (gelu by erf against tanh, the nearest two, on the values probed).
+# 2e-4 or more in some row (gelu by erf against tanh, the nearest two, on the values probed).
 _SAME_FORMULA = 5e-6
 
 
@@ -97,10 +97,12 @@ def recognize(module: torch.nn.Module) -> tuple[Activation, Layout]:
     device = getattr(module, first_name(module)).device
     device = torch.device("cpu") if device.type == "meta" else device  # not loaded yet
     draw = torch.Generator().manual_seed(0)
-    reach = max(4.0, 3 * (_attribute(module, "limit", "swiglu_limit") or 0.0))
     # Named: transformers has "meta" and its own dtype as defaults while it builds a model.
-    x = torch.rand(64, 64, generator=draw, device="cpu", dtype=torch.float32)
-    x = (x * 2 - 1) * reach
+    named: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
+    x = torch.rand(64, 64, generator=draw, **named) * 2 - 1
+    # Small numbers tell curves apart, large ones show limits: each row reaches further.
+    furthest = max(1024.0, 3 * (_attribute(module, "limit", "swiglu_limit") or 0.0))
+    x = x * torch.logspace(2, math.log2(furthest), 64, base=2, **named).unsqueeze(1)
     if first_name(module) == "up_proj":
         theirs = module.act_fn(x.to(device)).cpu()
         for kind in ActivationType:
@@ -121,10 +123,11 @@ def recognize(module: torch.nn.Module) -> tuple[Activation, Layout]:
 
 
 def _same(theirs: torch.Tensor, ours: torch.Tensor) -> bool:
+    """Whether all rows are equal but for rounding; each by itself, for their sizes differ."""
     if theirs.shape != ours.shape:
         return False
-    difference = torch.linalg.vector_norm(theirs.float() - ours)
-    return bool(difference <= _SAME_FORMULA * torch.linalg.vector_norm(ours))
+    difference = torch.linalg.vector_norm(theirs.float() - ours, dim=1)
+    return bool((difference <= _SAME_FORMULA * torch.linalg.vector_norm(ours, dim=1)).all())
 
 
 def _unknown(module: torch.nn.Module) -> str:

@@ -67,7 +67,8 @@ class _Quantize(ConversionOps):
         if first and layout.gated:
             weight = experts.up_first(weight, layout)
         q, scale = weights.quantized(weight.contiguous(), self.kept, group)
-        return {full_layer_name: q, f"{path}.{weights.SCALES[0 if first else 1]}": scale}
+        scale_name = weights.SCALES[0 if first else 1]
+        return {full_layer_name: q, f"{path}.{scale_name}": weights.held_scale(scale)}
 
 
 def _names(module: torch.nn.Module) -> tuple[str, str]:
@@ -118,7 +119,8 @@ class FusedMoeQuantizer(HfQuantizer):
                 if layout.transposed:
                     rows, depth = depth, rows
                 shape = (number, rows, depth // group) if group else (number, rows)
-                module.register_buffer(scale_name, torch.empty(shape, device="meta"))
+                scale = torch.empty(shape, dtype=torch.float32, device="meta")
+                module.register_buffer(scale_name, weights.held_scale(scale))
 
     def _process_model_after_weight_loading(self, model: Any, **_: Any) -> Any:
         for module in weights.experts_modules(model):
@@ -127,6 +129,7 @@ class FusedMoeQuantizer(HfQuantizer):
                 if getattr(module, name).is_floating_point():
                     raise ValueError(f"the checkpoint has no {name} of {type(module).__name__}")
             state = weights.start(module)
+            weights.align(module)
             experts.rewrite_bias(module, state.layout, back=False)
             weights.finish_quantized(state, self.quantization_config.experts)
         return model

@@ -7,7 +7,10 @@ back: before another implementation runs, before a state dict is made, before on
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import threading
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -23,6 +26,9 @@ IMPLEMENTATIONS = {f"{NAME}_{kept}" if kept else NAME: kept for kept in FORMATS}
 SCALES = ("fused_moe_fc1_scale", "fused_moe_fc2_scale")
 # The attribute of an experts module that holds its State.
 _STATE = "_fused_moe"
+# Threads that serve one model may meet an unconverted module at once: exchanged twice, its rows
+# would be wrong, and nothing would show it.
+_LOCK = threading.RLock()
 
 
 @dataclasses.dataclass
@@ -32,6 +38,7 @@ class State:
     Attributes:
         kept: the format of its weights, one of FORMATS.
         converted: whether its parameters are in our order.
+        partial: whether a change of its parameters has begun and not ended.
         swiglu: alpha, beta and limit, each [E] float32 on the weights' device, or None.
     """
 
@@ -39,6 +46,7 @@ class State:
     layout: experts.Layout
     kept: str = ""
     converted: bool = False
+    partial: bool = False
     swiglu: tuple[torch.Tensor | None, ...] = (None, None, None)
 
     def swiglu_on(self, device: torch.device) -> tuple[torch.Tensor | None, ...]:
@@ -79,11 +87,12 @@ def prepare(module: torch.nn.Module, kept: str) -> State:
 
     Raises:
         NotImplementedError: the module is one that our layer cannot stand in for.
-        RuntimeError: it is quantized to another format.
+        RuntimeError: it is quantized to another format, or an earlier conversion failed.
     """
-    # Not inference tensors, whatever mode the caller is in: parameters outlive it.
-    with torch.inference_mode(False), torch.no_grad():
+    with _LOCK, _mode(module):
         state = state_of(module)
+        if state is not None:
+            _check_whole(module, state)
         if state is not None and state.kept:
             if state.kept != kept:
                 raise RuntimeError(_released(module, state))
@@ -93,15 +102,55 @@ def prepare(module: torch.nn.Module, kept: str) -> State:
         if state is None:
             state = start(module)
         if not state.converted:
-            for parameter in module.parameters(recurse=False):
-                # The layer reads 16 bytes at a time; tensors of a mapped file start anywhere.
-                if not parameter.is_contiguous() or parameter.data_ptr() % 16:
-                    parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
-            experts.rewrite(module, state.layout, back=False)
+            align(module)
+            with _change(state):
+                experts.rewrite(module, state.layout, back=False)
             state.converted = True
         if kept:
             _quantize(module, state, kept)
     return state
+
+
+@contextlib.contextmanager
+def _mode(module: torch.nn.Module) -> Iterator[None]:
+    """The mode that the weights were made in: outside of it inference tensors cannot change.
+
+    Within inference mode new tensors would be inference tensors. Parameters outlive the caller's
+    mode, so that theirs decides, not the caller's.
+    """
+    inference = getattr(module, experts.first_name(module)).is_inference()
+    with torch.inference_mode(inference), torch.no_grad():
+        yield
+
+
+@contextlib.contextmanager
+def _change(state: State) -> Iterator[None]:
+    """Notes that the weights are in no order that is known, unless the change comes to its end.
+
+    It may not: memory runs out, or somebody presses Ctrl-C. A second try would begin at the
+    start and exchange what is exchanged already.
+    """
+    state.converted, state.partial = False, True
+    yield
+    state.partial = False
+
+
+def _check_whole(module: torch.nn.Module, state: State) -> None:
+    if state.partial:
+        raise RuntimeError(
+            f"converting the weights of this {type(module).__name__} was stopped halfway by an "
+            "error, so that some are in our order and some are not; load the model again"
+        )
+
+
+def align(module: torch.nn.Module) -> None:
+    """Copies the parameters that the layer cannot read where they are.
+
+    It reads 16 bytes at a time; tensors of a mapped file start anywhere.
+    """
+    for parameter in module.parameters(recurse=False):
+        if not parameter.is_contiguous() or parameter.data_ptr() % 16:
+            parameter.data = parameter.data.clone(memory_format=torch.contiguous_format)
 
 
 def start(module: torch.nn.Module) -> State:
@@ -154,14 +203,26 @@ def quantized(weight: torch.Tensor, kept: str, group: int) -> tuple[torch.Tensor
     return quantize_mxfp4(weight)
 
 
+def held_scale(scale: torch.Tensor) -> torch.Tensor:
+    """A scale as the buffer holds it: float32 as int32, which `model.to(dtype)` lets alone."""
+    return scale.view(torch.int32) if scale.is_floating_point() else scale
+
+
+def scales(module: torch.nn.Module) -> list[torch.Tensor]:
+    """The scales of both quantized weights, as `cutlass_fused_moe` takes them."""
+    held = (getattr(module, name) for name in SCALES)
+    return [s.view(torch.float32) if s.dtype == torch.int32 else s for s in held]
+
+
 def _quantize(module: torch.nn.Module, state: State, kept: str) -> None:
     """Replaces both weights by quantized ones under their names, and adds their scales."""
     group = group_size(module, state.layout.transposed, kept)
-    for name, scale_name in zip((experts.first_name(module), "down_proj"), SCALES, strict=True):
-        q, scale = quantized(experts.weight(module, name, state.layout), kept, group)
-        # Drops the last reference to the unquantized weights, before the next ones' turn.
-        setattr(module, name, torch.nn.Parameter(q, requires_grad=False))
-        module.register_buffer(scale_name, scale)
+    with _change(state):
+        for name, scale_name in zip((experts.first_name(module), "down_proj"), SCALES, strict=True):
+            q, scale = quantized(experts.weight(module, name, state.layout), kept, group)
+            # Drops the last reference to the unquantized weights, before the next ones' turn.
+            setattr(module, name, torch.nn.Parameter(q, requires_grad=False))
+            module.register_buffer(scale_name, held_scale(scale))
     finish_quantized(state, kept)
 
 
@@ -184,12 +245,13 @@ def _restore(module: torch.nn.Module) -> None:
     """Puts the parameters back into transformers' order."""
     state = state_of(module)
     assert state is not None
-    if state.kept:
-        raise RuntimeError(_released(module, state))
-    if state.converted:
-        with torch.inference_mode(False):
-            experts.rewrite(module, state.layout, back=True)
-        state.converted = False
+    with _LOCK, _mode(module):
+        _check_whole(module, state)
+        if state.kept:
+            raise RuntimeError(_released(module, state))
+        if state.converted:
+            with _change(state):
+                experts.rewrite(module, state.layout, back=True)
 
 
 def _before_forward(module: torch.nn.Module, _: Any) -> None:

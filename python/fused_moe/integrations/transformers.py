@@ -193,7 +193,7 @@ def _forward(
         fc1,
         fc2,
         output_dtype,
-        [getattr(module, name) for name in weights.SCALES] if kept else None,
+        weights.scales(module) if kept else None,
         fc1_expert_biases=biases[0],
         fc2_expert_biases=biases[1],
         swiglu_alpha=alpha,
