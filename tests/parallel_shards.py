@@ -17,6 +17,7 @@ from fused_moe.parallel import (
     ExpertWeights,
     ParallelError,
     ParallelGroups,
+    collectives,
     dispatched_moe,
     pad_intermediate,
     plan,
@@ -267,6 +268,41 @@ def test_bad_reduction() -> None:
     reduction: Any = "sum"
     with pytest.raises(ValueError, match="reduction is 'sum'; it must be"):
         replicated_moe(*tokens_of(layer), experts_of(layer), ParallelGroups(), reduction=reduction)
+
+
+@pytest.mark.parametrize(
+    "environment, waits",
+    [
+        ({}, False),
+        ({"TORCH_NCCL_BLOCKING_WAIT": "0"}, False),
+        ({"TORCH_NCCL_BLOCKING_WAIT": "1"}, True),
+        ({"TORCH_NCCL_BLOCKING_WAIT": "Yes"}, True),
+        ({"NCCL_BLOCKING_WAIT": "true"}, True),
+        ({"TORCH_NCCL_BLOCKING_WAIT": "0", "NCCL_BLOCKING_WAIT": "1"}, False),
+    ],
+)
+def test_the_host_waits_where_pytorch_is_told_to(
+    environment: dict[str, str], waits: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Under that variable PyTorch has no watchdog: an exchange nobody waits for has no timeout."""
+    for name in ("TORCH_NCCL_BLOCKING_WAIT", "NCCL_BLOCKING_WAIT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asked: list[bool] = []
+    waited: list[bool] = []
+
+    class Work:
+        def wait(self) -> None:
+            waited.append(True)
+
+    def all_reduce(x: torch.Tensor, *, group: object, async_op: bool) -> Work | None:
+        asked.append(async_op)
+        return Work() if async_op else None
+
+    monkeypatch.setattr(collectives.dist, "all_reduce", all_reduce)
+    collectives.all_reduce(torch.zeros(2), "nothing", "tensor", Any)
+    assert asked == [waits] and waited == [True] * waits
 
 
 @pytest.mark.parametrize("needed", [0.0, 0.05, None])

@@ -27,8 +27,9 @@ _reduce_scatter: Any = getattr(dist, "reduce_scatter_single", None) or dist.redu
 
 def _host_waits() -> bool:
     """Whether PyTorch was asked to let the host wait for NCCL, in the words it takes for yes."""
-    value = os.environ.get("TORCH_NCCL_BLOCKING_WAIT", "0").lower()
-    return value in ("1", "t", "true", "y", "yes")
+    older = os.environ.get("NCCL_BLOCKING_WAIT", "0")  # its former name still counts
+    value = os.environ.get("TORCH_NCCL_BLOCKING_WAIT", older)
+    return value.lower() in ("1", "t", "true", "y", "yes")
 
 
 def _run(call: Any, *tensors: Any, what: str, kind: str, group: dist.ProcessGroup) -> None:
