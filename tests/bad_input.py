@@ -72,6 +72,25 @@ def test_misaligned_where_memory_is_allocated(name: str, weights: str) -> None:
     rejects(arguments, ValueError, (f"{name} starts at", "16B-aligned"))
 
 
+def at_odd_bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values from memory of the caller's own, 2 bytes past an address for 8."""
+    size = tensor.numel() * tensor.element_size()
+    memory = bytearray(size + 16)
+    start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
+    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=(2 - start) % 8)
+    return flat.view(tensor.shape).copy_(tensor)
+
+
+@pytest.mark.parametrize("given", [True, False], ids=["given", "allocated"])
+@pytest.mark.parametrize("name", [n for n in TENSORS if n.startswith(("token", "swiglu"))])
+def test_elements_out_of_place(name: str, given: bool) -> None:
+    arguments = good()
+    if not given:
+        arguments["output"] = arguments["workspace_buffer"] = None
+    edit(name, at_odd_bytes)(arguments)
+    rejects(arguments, ValueError, (f"{name} starts at", "4B-aligned"))
+
+
 @pytest.mark.parametrize("weights", ["same", "int8"])
 @pytest.mark.parametrize("which", ["hidden", "intermediate"])
 @pytest.mark.parametrize("excess", [4, 8, 12])
@@ -116,7 +135,7 @@ def test_multiples_of_4_bit_weights(which: str, excess: int, weights: str) -> No
 @pytest.mark.parametrize("name", ["input", "token_final_scales", "fc2_expert_weights"])
 @pytest.mark.parametrize("written", ["output", "workspace_buffer"])
 def test_overlap(written: str, name: str) -> None:
-    arguments = good()
+    arguments = {**good(), "output": None, "workspace_buffer": None}
     shared = torch.zeros(1 << 17, dtype=torch.uint8)
     tensor = arguments[name]
     size = tensor.numel() * tensor.element_size()

@@ -265,7 +265,14 @@ def test_checks_run_once_for_each_signature(
 
 
 @pytest.mark.parametrize(
-    "name", ["input", "token_selected_experts", "token_final_scales", "fc1_expert_weights"]
+    "name",
+    [
+        "input",
+        "token_selected_experts",
+        "token_final_scales",
+        "fc1_expert_weights",
+        "fc2_expert_weights",
+    ],
 )
 def test_checks_are_not_skipped_by_a_like_call(extension: Extension, name: str) -> None:
     layer = make_layer()
@@ -277,6 +284,8 @@ def test_checks_are_not_skipped_by_a_like_call(extension: Extension, name: str) 
     ):
         with pytest.raises(ValueError, match=words):
             cutlass_fused_moe(**{**layer, name: bad}, backend="sm80")
+    with pytest.raises(NotImplementedError, match="input_sf"):
+        cutlass_fused_moe(**layer, input_sf=layer[name], backend="sm80")
     assert len(extension.runs) == 1
 
 

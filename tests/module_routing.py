@@ -243,6 +243,14 @@ def test_compile(model: str) -> None:
             "top_k_groups is 3; it must be at most num_groups, 2",
         ),
         ({"top_k": 2, "scoring": "sparsemixer"}, "use Routing.sparsemixer()"),
+        (
+            {"top_k": 3, "scoring": "sparsemixer", "renormalize": False},
+            "sparsemixer is defined for top_k=2",
+        ),
+        (
+            {"top_k": 2, "scoring": "sparsemixer", "renormalize": False, "num_groups": 2},
+            "sparsemixer is defined for top_k=2, renormalize=False and num_groups=1",
+        ),
     ],
 )
 def test_bad_routings(arguments: dict[str, object], words: str) -> None:
