@@ -21,7 +21,7 @@ from fused_moe.integrations.flashinfer import ActivationType, cutlass_fused_moe
 from fused_moe.integrations.flashinfer import cutlass_fused_moe_workspace_size as workspace_size
 from tolerances import assert_close
 
-# What FlashInfer 0.7.2 has, in its order; activation_type is ActivationType.Swiglu there.
+# What FlashInfer 0.7.2.post1 has, in its order; activation_type is ActivationType.Swiglu there.
 SIGNATURE = """
     input, token_selected_experts, token_final_scales, fc1_expert_weights, fc2_expert_weights,
     output_dtype, quant_scales, fc1_expert_biases=None, fc2_expert_biases=None, input_sf=None,
@@ -77,6 +77,9 @@ def test_activation_numbers() -> None:
     assert {a.name: a.value for a in ActivationType} == numbers
     for activation in fused_moe.ActivationType:
         assert ActivationType(activation).is_gated == activation.is_gated
+        assert flashinfer.is_gated_activation(int(activation)) == activation.is_gated
+    with pytest.raises(ValueError, match="13"):
+        flashinfer.is_gated_activation(13)
 
 
 def flashinfers_example(fused_moe: Any) -> tuple[torch.Tensor, torch.Tensor]:
@@ -223,6 +226,18 @@ def test_older_flags() -> None:
             cutlass_fused_moe(**{**layer, old: False, new: True})
 
 
+def test_positions_of_older_releases() -> None:
+    """Before 0.6.16 the argument after use_packed_weights was tune_max_num_tokens."""
+    layer = make_layer()
+    first = ("input", "token_selected_experts", "token_final_scales")
+    weights = ("fc1_expert_weights", "fc2_expert_weights")
+    arguments: list[Any] = [layer[name] for name in first + weights] + [torch.bfloat16, []]
+    arguments += [None] * 6 + [1, 0, 1, 0, 1, 0, None] + [False] * 6
+    with pytest.raises(TypeError, match=r"use_wfp4afp8_humming is 8192.*tune_max_num_tokens"):
+        cutlass_fused_moe(*[*arguments, 8192])
+    assert torch.equal(cutlass_fused_moe(*arguments)[0], cutlass_fused_moe(**layer)[0])
+
+
 def test_unknown_backend_and_activation() -> None:
     with pytest.raises(ValueError, match="backend"):
         cutlass_fused_moe(**make_layer(), backend="cudnn")
@@ -287,7 +302,8 @@ def test_names_without_a_kernel(name: str) -> None:
 def test_names() -> None:
     assert set(flashinfer.__all__) <= set(dir(flashinfer)) >= set(REFUSED)
     assert not flashinfer.has_bgmv_moe() and not flashinfer.has_monomoe()
-    assert len(REFUSED) == 188, "FlashInfer 0.7.2 has 199 public names, of which 11 are served"
+    # 0.7.2.post1 has 203 public names, of which 11 are served; three were in older releases.
+    assert len(REFUSED) == 192 + 3
     with pytest.raises(AttributeError, match="no_such_name"):
         _ = flashinfer.no_such_name
 
@@ -351,18 +367,19 @@ def test_install() -> None:
     """The imports that programs have, word for word."""
     import flashinfer as top
     import flashinfer.fused_moe as module
-    from flashinfer import autotune, cutlass_fused_moe
+    from flashinfer import CuteDslMoEWrapper, autotune, cutlass_fused_moe
     from flashinfer.autotuner import autotune as autotune_of_its_module
     from flashinfer.fused_moe import ActivationType, trtllm_fp8_block_scale_moe
     from flashinfer.fused_moe.core import cutlass_fused_moe as cutlass_fused_moe_of_core
-    from flashinfer.tllm_enums import RoutingMethodType
+    from flashinfer.tllm_enums import RoutingMethodType, is_gated_activation
 
     assert cutlass_fused_moe is cutlass_fused_moe_of_core is module.cutlass_fused_moe
     assert autotune is autotune_of_its_module is top.autotune
     assert (ActivationType.Swiglu, RoutingMethodType.Renormalize) == (3, 1)
     assert callable(trtllm_fp8_block_scale_moe) and top.fused_moe is module
+    assert isinstance(CuteDslMoEWrapper, type) and is_gated_activation(ActivationType.Swiglu)
     assert importlib.util.find_spec("flashinfer.fused_moe") is not None
-    assert top.__version__ == "0.7.2+fused.moe"
+    assert top.__version__ == "0.7.2.post1+fused.moe"
     out, expected = flashinfers_example(module)
     assert_close(out, expected, torch.float16)
     flashinfer.install()

@@ -1,7 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The other public names of `flashinfer.fused_moe` 0.7.2: its enumerations, and what is refused.
+"""The other public names of `flashinfer.fused_moe`: its enumerations, and what is refused.
 
-Code that imports a dozen of those names and calls one should get as far as the call.
+Code that imports a dozen of those names and calls one should get as far as the call. They are those
+of FlashInfer 0.7.2.post1, and what releases from 0.6.0 on had besides.
 """
 
 from __future__ import annotations
@@ -36,6 +37,15 @@ class ActivationType(enum.IntEnum):
         return self.name in ("Swiglu", "Geglu", "SwigluBias", "SwigluStep", "GegluTanh", "Situ")
 
 
+def is_gated_activation(activation_type: int) -> bool:
+    """FlashInfer's question whether fc1 has 2I rows.
+
+    Raises:
+        ValueError: there is no such activation.
+    """
+    return ActivationType(activation_type).is_gated
+
+
 class RoutingMethodType(enum.IntEnum):
     """How FlashInfer's trtllm functions may route; here for code that names it."""
 
@@ -66,6 +76,13 @@ class WeightLayout(enum.IntEnum):
     MajorK = 0
     MajorMn = 1
     BlockMajorK = 2
+
+
+class GatedActType(enum.IntEnum):
+    """The gated activations of FlashInfer's trtllm functions, in releases up to 0.6.2."""
+
+    SwiGlu = 0
+    GeGlu = 1
 
 
 class Fp8QuantizationType(enum.IntEnum):
@@ -119,14 +136,16 @@ _REFUSED: dict[str, str] = {
         CuTileNvfp4Config CuTileNvfp4Runner CudnnFrostBf16Config CudnnFrostMxfp8Config
         CudnnFrostMxfp8Mxfp4Config CudnnFrostNvfp4Config CuteDslBf16MoEWrapper CuteDslConfig
         CuteDslMoEWrapper CuteDslMxfp8Mxfp4MoEWrapper CuteDslNvfp4Runner CuteDslRunner
-        CutlassBf16Config CutlassBf16Runner CutlassFp8BlockConfig CutlassFp8BlockRunner
+        CutlassBf16Config CutlassBf16Runner CutlassConfig CutlassFp8BlockConfig
+        CutlassFp8BlockRunner
         CutlassFp8PerTensorConfig CutlassFp8PerTensorRunner CutlassHummingConfig
         CutlassHummingRunner CutlassMxfp8Config CutlassMxfp8Mxfp4Config
         CutlassMxfp8Mxfp4Runner CutlassMxfp8Runner CutlassNvfp4Config CutlassNvfp4Runner
         CutlassW4A16Config CutlassW4A16Runner CutlassW4A8Config CutlassW4A8Runner
         ExecutionConfig ExpertConfig GELU GeGLU GeGLUTanh Identity MoEActivationPack MoEConfig
         MoEFinalizeConfig MoELayer MoEWeightPack NVFP44Over6Config NVFP44Over6ErrMode
-        PrimsTsConfig PrimsTsRunner QuantConfig QuantFormat ReLU ReLU2 SM12xFp8Config
+        PrimsTsConfig PrimsTsRunner QuantConfig QuantFormat QuantVariant ReLU ReLU2
+        SM12xFp8Config
         SM12xFp8Runner SM12xMxfp8Mxfp4Config SM12xMxfp8Mxfp4Runner SM12xNvfp4Bf16Config
         SM12xNvfp4Bf16Runner SM12xNvfp4Config SM12xNvfp4Runner SiLU SiTU SwiGLU SwiGLUStep
         TrtllmBf16Config TrtllmBf16RoutedRunner TrtllmFp4Config TrtllmFp4RoutedRunner
@@ -144,10 +163,13 @@ _REFUSED: dict[str, str] = {
         cute_dsl_sm12x_fc1_act_q1_fp8 cute_dsl_sm12x_fc1_act_q1_mxfp8_mxfp4
         cute_dsl_sm12x_fc2_finalize_fp8 cute_dsl_sm12x_fc2_finalize_mxfp8_mxfp4
         cute_dsl_sm12x_moe_gemm_fp8 cute_dsl_sm12x_moe_gemm_mxfp8_mxfp4
-        get_scratchpad_size_bytes mono_moe prims_ts_bf16_moe prims_ts_bf16_routed_moe
-        prims_ts_fp4_block_scale_moe prims_ts_fp4_block_scale_routed_moe
-        prims_ts_fp8_block_scale_moe prims_ts_fp8_block_scale_routed_moe
-        prims_ts_fp8_per_tensor_scale_moe trtllm_bf16_moe trtllm_bf16_routed_moe
+        cutlass_fused_moe_prepare_workspace get_scratchpad_size_bytes mono_moe
+        prims_ts_bf16_moe prims_ts_bf16_moe_partitioned prims_ts_bf16_routed_moe
+        prims_ts_fp4_block_scale_moe prims_ts_fp4_block_scale_moe_partitioned
+        prims_ts_fp4_block_scale_routed_moe prims_ts_fp8_block_scale_moe
+        prims_ts_fp8_block_scale_moe_partitioned prims_ts_fp8_block_scale_routed_moe
+        prims_ts_fp8_per_tensor_scale_moe prims_ts_fp8_per_tensor_scale_moe_partitioned
+        trtllm_bf16_moe trtllm_bf16_routed_moe
         trtllm_fp4_block_scale_moe trtllm_fp4_block_scale_routed_moe trtllm_fp8_block_scale_moe
         trtllm_fp8_block_scale_routed_moe trtllm_fp8_per_channel_scale_moe
         trtllm_fp8_per_channel_scale_routed_moe trtllm_fp8_per_tensor_scale_moe

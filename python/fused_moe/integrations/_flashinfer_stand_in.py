@@ -11,7 +11,7 @@ import types
 from typing import Any
 
 # The release whose names, order and defaults are followed, marked as not being it.
-VERSION = "0.7.2+fused.moe"
+VERSION = "0.7.2.post1+fused.moe"
 _MARK = "__fused_moe_stand_in__"
 _SOURCE = "fused_moe.integrations.flashinfer"
 
@@ -19,9 +19,25 @@ _SOURCE = "fused_moe.integrations.flashinfer"
 _MODULES: dict[str, tuple[str, ...] | None] = {
     "flashinfer": (
         "ActivationType",
+        "B12xMoEWrapper",
+        "CuteDslBf16MoEWrapper",
+        "CuteDslMoEWrapper",
+        "CuteDslMxfp8Mxfp4MoEWrapper",
+        "GatedActType",
+        "NVFP44Over6Config",
+        "NVFP44Over6ErrMode",
         "RoutingMethodType",
         "autotune",
+        "b12x_fused_moe",
+        "cudnn_frost_grouped_gemm1_swiglu",
+        "cudnn_frost_grouped_gemm1_swiglu_workspace_size",
+        "cute_dsl_fused_moe",
+        "cute_dsl_fused_moe_bf16",
+        "cute_dsl_fused_moe_mxfp8_mxfp4",
+        "cute_dsl_fused_moe_nvfp4",
         "cutlass_fused_moe",
+        "is_gated_activation",
+        "reorder_rows_for_gated_act_gemm",
         "trtllm_bf16_moe",
         "trtllm_bf16_routed_moe",
         "trtllm_fp4_block_scale_moe",
@@ -37,9 +53,11 @@ _MODULES: dict[str, tuple[str, ...] | None] = {
     "flashinfer.tllm_enums": (
         "ActivationType",
         "Fp8QuantizationType",
+        "GatedActType",
         "RoutingInputMode",
         "RoutingMethodType",
         "WeightLayout",
+        "is_gated_activation",
     ),
 }
 

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`flashinfer.fused_moe`, as of FlashInfer 0.7.2, on this package's kernels.
+"""`flashinfer.fused_moe`, as of FlashInfer 0.7.2.post1, on this package's kernels.
 
 Code written for FlashInfer's function runs by changing its import:
 
@@ -26,9 +26,11 @@ from fused_moe.integrations._flashinfer_names import (
     REFUSED,
     ActivationType,
     Fp8QuantizationType,
+    GatedActType,
     RoutingInputMode,
     RoutingMethodType,
     WeightLayout,
+    is_gated_activation,
     refused,
 )
 from fused_moe.integrations._flashinfer_stand_in import install, uninstall
@@ -36,6 +38,7 @@ from fused_moe.integrations._flashinfer_stand_in import install, uninstall
 __all__ = [
     "ActivationType",
     "Fp8QuantizationType",
+    "GatedActType",
     "RoutingInputMode",
     "RoutingMethodType",
     "WeightLayout",
@@ -47,6 +50,7 @@ __all__ = [
     "install",
     "interleave_moe_scales_for_sm90_mixed_gemm",
     "interleave_moe_weights_for_sm90_mixed_gemm",
+    "is_gated_activation",
     "uninstall",
 ]
 
@@ -333,6 +337,12 @@ def _current_flags(
 
 
 def _refuse_humming(use_wfp4afp8_humming: bool) -> None:
+    if not isinstance(use_wfp4afp8_humming, bool):
+        raise TypeError(
+            f"use_wfp4afp8_humming is {use_wfp4afp8_humming!r}; it must be a bool. Before "
+            "FlashInfer 0.6.16 tune_max_num_tokens was the argument in this place: give that one "
+            "by its name"
+        )
     if use_wfp4afp8_humming:
         raise NotImplementedError(
             "use_wfp4afp8_humming is True: FP8 activations with MXFP4 weights need FP8 matrix "
