@@ -176,7 +176,7 @@ def test_what_cannot_be_quantized(call: Callable[[torch.Tensor], object]) -> Non
     for bad in (INFINITY, -INFINITY, float("nan")):
         weight = torch.ones(2, 3, 128)
         weight[1, 2, 77] = bad
-        with pytest.raises(ValueError, match="weight has an infinity or a NaN, which [48] bits"):
+        with pytest.raises(ValueError, match=r"weight has an infinity or a NaN, which [48] bits"):
             call(weight)
     with pytest.raises(ValueError, match=r"weight is a torch\.float32 tensor of shape \[3, 128\]"):
         call(torch.ones(3, 128))
