@@ -77,7 +77,9 @@ def at_odd_bytes(tensor: torch.Tensor) -> torch.Tensor:
     size = tensor.numel() * tensor.element_size()
     memory = bytearray(size + 16)
     start = torch.frombuffer(memory, dtype=torch.uint8).data_ptr()
-    flat = torch.frombuffer(memory, dtype=tensor.dtype, count=tensor.numel(), offset=(2 - start) % 8)
+    flat = torch.frombuffer(
+        memory, dtype=tensor.dtype, count=tensor.numel(), offset=(2 - start) % 8
+    )
     return flat.view(tensor.shape).copy_(tensor)
 
 
