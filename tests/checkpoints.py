@@ -2,8 +2,8 @@
 """Converters of checkpoints, against packers written from the formats' descriptions.
 
 The packers work on plain Python integers, a word at a time, and share nothing with the converters.
-They follow AutoAWQ's WQLinear_GEMM, GPTQModel's formats "gptq" and "gptq_v2", compressed-tensors'
-"pack-quantized" and gpt-oss's released checkpoints.
+They follow AutoAWQ's WQLinear_GEMM, GPTQModel's formats "gptq" and "gptq_v2", and "pack-quantized"
+of compressed-tensors. gpt-oss's checkpoints are in checkpoints_gpt_oss.py.
 """
 
 from __future__ import annotations
@@ -16,11 +16,8 @@ import torch
 
 from cpu_layer import make_layer, reference, run
 from fused_moe import (
-    cutlass_fused_moe,
     dequantize_int4,
-    dequantize_mxfp4,
     quantize_int4,
-    quantize_mxfp4,
 )
 from fused_moe.checkpoints import (
     dequantize_awq,
@@ -28,10 +25,7 @@ from fused_moe.checkpoints import (
     int4_from_awq,
     int4_from_compressed_tensors,
     int4_from_gptq,
-    load_gpt_oss_experts,
     load_int4_experts,
-    mxfp4_from_gpt_oss,
-    up_gate_from_interleaved,
 )
 from fused_moe.quantization import unpack_nibbles
 from tolerances import assert_close
@@ -235,13 +229,16 @@ def test_dequantize_in_the_order_of_activations() -> None:
     shuffled.codes = matrix.codes[:, order]
     mixed = {**shuffled.gptq(), "g_idx": tensors["g_idx"][order]}
     assert torch.equal(dequantize_gptq(**mixed), matrix.numbers[:, order])
-    with pytest.raises(ValueError, match=r"g_idx\[\d+\] is 1; it must be 0.*desc_act"):
+    first = tensors["g_idx"][order].tolist().index(1)
+    with pytest.raises(ValueError, match=rf"g_idx\[{first}\] is 1; it must be 0.*desc_act"):
         int4_from_gptq(**mixed)
+    with pytest.raises(ValueError, match=r"g_idx has the shape \[63\]; it must be \[64\]"):
+        dequantize_gptq(**{**mixed, "g_idx": mixed["g_idx"][1:]})
     ours = {"weight_packed": along_rows(shuffled.codes.tolist()), "weight_scale": shuffled.scales}
     with pytest.raises(ValueError, match=r"weight_g_idx\[\d+\] is 1; .*actorder"):
         int4_from_compressed_tensors(**ours, weight_g_idx=mixed["g_idx"])
-    none = torch.full_like(mixed["g_idx"], -1)
-    int4_from_compressed_tensors(**ours, weight_g_idx=none)
+    for in_order in (torch.full_like(mixed["g_idx"], -1), tensors["g_idx"]):
+        int4_from_compressed_tensors(**ours, weight_g_idx=in_order)
 
 
 @pytest.mark.parametrize(
@@ -260,6 +257,10 @@ BAD: list[tuple[str, dict[str, torch.Tensor], str]] = [
     ("awq", {"qweight": torch.zeros(64, 2)}, r"qweight is a torch\.float32 tensor"),
     ("awq", {"qweight": GOOD.gptq()["qweight"]}, r'qweight has the shape \[8, 16\].*"GEMM"'),
     ("awq", {"qzeros": torch.zeros(3, 2, dtype=torch.int32)}, r"qzeros .* must be \[2, 2\]"),
+    ("awq", {"qzeros": torch.zeros(2, 2)}, r"qzeros is a torch\.float32 tensor"),
+    ("awq", {"qweight": torch.zeros(4, 2, 2, dtype=torch.int32)}, r"int32 tensor of shape \[4, 2,"),
+    ("gptq", {"qweight": torch.zeros(8, 16)}, r"qweight is a torch\.float32 tensor"),
+    ("gptq", {"qzeros": torch.zeros(2, 2)}, r"qzeros is a torch\.float32 tensor"),
     ("gptq", {"qweight": GOOD.awq()["qweight"]}, r"qweight has the shape \[64, 2\]"),
     ("gptq", {"qzeros": torch.zeros(2, 4, dtype=torch.int32)}, r"\[2, 4\]; it must be \[2, 2\]"),
     ("gptq", {"g_idx": torch.zeros(32, dtype=torch.int32)}, r"g_idx has .* must be \[64\]"),
@@ -268,6 +269,14 @@ BAD: list[tuple[str, dict[str, torch.Tensor], str]] = [
     ("compressed-tensors", {"weight_shape": torch.tensor([16, 32])}, "num_bits"),
     ("compressed-tensors", {"weight_scale": torch.ones(8, 2)}, r"must be \[16, 2\]"),
     ("compressed-tensors", {"weight_scale": torch.ones(16, 4)}, "multiple of 32"),
+    ("compressed-tensors", {"weight_scale": torch.ones(16, 3)}, "the scales are 3 for 64 weights"),
+    ("compressed-tensors", {"weight_scale": torch.ones(16, 0)}, "the scales are 0 for 64 weights"),
+    ("compressed-tensors", {"weight_zero_point": torch.zeros(2, 2)}, "zero_point is a torch.flo"),
+    (
+        "compressed-tensors",
+        {"weight_zero_point": torch.zeros(2, 1, dtype=torch.int32)},
+        r"weight_zero_point has .* must be \[2, 2\]",
+    ),
 ]
 
 
@@ -341,101 +350,6 @@ def test_errors_name_the_tensor() -> None:
     asymmetric, _ = stored_experts("awq", 32, zeros=3)
     with pytest.raises(ValueError, match=r"experts\.0\.gate_proj: .* zero point 3"):
         load_int4_experts(asymmetric, "model.experts", 3, layout="awq")
-
-
-def gpt_oss(experts: int = 3, hidden: int = 64, inter: int = 96) -> tuple[Tensors, Tensors]:
-    """A gpt-oss layer's tensors, and the plain weights and biases in its own order of rows."""
-    draw = torch.Generator().manual_seed(5)
-    plain = {
-        "gate_up_proj": torch.randn(experts, 2 * inter, hidden, generator=draw) / 8,
-        "down_proj": torch.randn(experts, hidden, inter, generator=draw) / 8,
-    }
-    tensors: Tensors = {}
-    for name, weight in list(plain.items()):
-        packed, scale = quantize_mxfp4(weight)
-        plain[name] = dequantize_mxfp4(packed, scale)
-        tensors[f"mlp.experts.{name}_blocks"] = packed.view(*scale.shape, 16)
-        tensors[f"mlp.experts.{name}_scales"] = scale
-        bias = torch.randn(weight.shape[:2], generator=draw).bfloat16()
-        plain[f"{name}_bias"] = tensors[f"mlp.experts.{name}_bias"] = bias
-    return tensors, plain
-
-
-def test_gpt_oss_layer() -> None:
-    """Against gpt-oss's own formulas on its own order of rows: gate, up, gate, up, ..."""
-    tensors, plain = gpt_oss()
-    experts = load_gpt_oss_experts(tensors, "mlp.experts")
-    assert experts.format == "mxfp4" and experts.group_size == 32
-    layer = make_layer(hidden=64, intermediate=96, experts=3, tokens=29)
-    layer["input"] *= 4  # far enough for the limit of 7 to matter
-    del layer["activation_type"]
-    out = cutlass_fused_moe(**{**layer, **experts.arguments()})
-    expected = torch.zeros(29, 64)
-    clamped = 0
-    for token in range(29):
-        x = layer["input"][token].float()
-        chosen = zip(
-            layer["token_selected_experts"][token].tolist(),
-            layer["token_final_scales"][token].tolist(),
-            strict=True,
-        )
-        for expert, scale in chosen:
-            h = plain["gate_up_proj"][expert] @ x + plain["gate_up_proj_bias"][expert].float()
-            gate, up = h[::2], h[1::2]
-            clamped += int((gate > 7).sum() + (up.abs() > 7).sum())
-            gate, up = gate.clamp(max=7.0), up.clamp(min=-7.0, max=7.0)
-            a = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-            y = plain["down_proj"][expert] @ a + plain["down_proj_bias"][expert].float()
-            expected[token] += scale * y
-    assert clamped > 20
-    assert_close(out, expected, torch.bfloat16)
-
-
-def test_gpt_oss_experts_of_a_rank() -> None:
-    tensors, plain = gpt_oss()
-    whole = load_gpt_oss_experts(tensors, "mlp.experts")
-    part = load_gpt_oss_experts(
-        tensors, "mlp.experts", experts=slice(1, 3), bias_dtype=torch.float16
-    )
-    assert torch.equal(part.fc1_weight, whole.fc1_weight[1:])
-    assert torch.equal(part.fc2_scale, whole.fc2_scale[1:])
-    assert part.further["fc1_expert_biases"].dtype == torch.float16
-    assert part.further["swiglu_alpha"].tolist() == [torch.tensor(1.702).item()] * 2
-    up = plain["gate_up_proj_bias"][1:, 1::2].half()
-    assert torch.equal(part.further["fc1_expert_biases"][:, :96], up)
-
-
-def test_gpt_oss_under_another_default_dtype() -> None:
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        further = load_gpt_oss_experts(gpt_oss()[0], "mlp.experts").further
-    finally:
-        torch.set_default_dtype(torch.float32)
-    assert torch.equal(further["swiglu_alpha"], torch.full((3,), 1.702))
-
-
-def test_interleaved_rows() -> None:
-    rows = torch.arange(12).view(1, 6, 2)
-    assert up_gate_from_interleaved(rows)[0, :, 0].tolist() == [2, 6, 10, 0, 4, 8]
-    for bad in (torch.zeros(6), torch.zeros(2, 5)):
-        with pytest.raises(ValueError, match="even second dimension"):
-            up_gate_from_interleaved(bad)
-
-
-@pytest.mark.parametrize(
-    ("blocks", "scales", "words"),
-    [
-        ((2, 4, 3, 8), (2, 4, 3), r"blocks is .* must be torch\.uint8 \[experts, rows, K / 32, 16"),
-        ((2, 4, 48), (2, 4, 3), "blocks is a torch.uint8 tensor of shape"),
-        ((2, 4, 3, 16), (2, 4, 2), r"scales is .* must be torch\.uint8 \[2, 4, 3\]"),
-    ],
-)
-def test_gpt_oss_shapes(blocks: tuple[int, ...], scales: tuple[int, ...], words: str) -> None:
-    kind = torch.uint8
-    with pytest.raises(ValueError, match=words):
-        mxfp4_from_gpt_oss(
-            torch.zeros(blocks, dtype=kind), torch.zeros(scales, dtype=kind), gated=True
-        )
 
 
 def test_a_checkpoint_of_ours_survives_its_own_format() -> None:
