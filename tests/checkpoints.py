@@ -287,12 +287,13 @@ def test_what_does_not_fit(layout: str, change: Tensors, words: str) -> None:
 
 
 def stored_experts(layout: str, group: int, **how: Any) -> tuple[Tensors, dict[str, torch.Tensor]]:
-    """Three experts of H = 64, I = 96 as a checkpoint stores them, and what they mean."""
+    """Three experts as a checkpoint stores them, and what they mean. H = 64, I = 96 if unsaid."""
     tensors: Tensors = {}
     fc1, fc2 = [], []
     names = how.get("names", ("gate_proj", "up_proj", "down_proj"))
+    hidden, inter = how.get("sizes", (64, 96))
     for expert in range(3):
-        sizes = ((96, 64), (96, 64), (64, 96))
+        sizes = ((inter, hidden), (inter, hidden), (hidden, inter))
         matrices = [
             Matrix(rows, depth, min(group, depth), how.get("zeros", 8), seed=10 * expert + i)
             for i, (rows, depth) in enumerate(sizes)
@@ -307,14 +308,15 @@ def stored_experts(layout: str, group: int, **how: Any) -> tuple[Tensors, dict[s
     return tensors, meaning
 
 
+@pytest.mark.parametrize("sizes", [(64, 96), (96, 64)])
 @pytest.mark.parametrize("group", [32, 1000])
 @pytest.mark.parametrize("layout", list(CONVERTERS))
-def test_a_layer(layout: str, group: int) -> None:
+def test_a_layer(layout: str, group: int, sizes: tuple[int, int]) -> None:
     """The whole way from a checkpoint's tensors to the layer's result."""
-    tensors, meaning = stored_experts(layout, group)
+    tensors, meaning = stored_experts(layout, group, sizes=sizes)
     experts = load_int4_experts(tensors, "model.experts", 3, layout=layout)
     assert experts.group_size == 32 and experts.format == "int4"
-    layer = make_layer(hidden=64, intermediate=96, experts=3)
+    layer = make_layer(hidden=sizes[0], intermediate=sizes[1], experts=3)
     out = run({**layer, **experts.arguments()})
     # The reference takes the float32 weights: nothing is lost on the way.
     assert_close(out, reference({**layer, **meaning}), torch.bfloat16)
@@ -342,14 +344,32 @@ def test_errors_name_the_tensor() -> None:
         load_int4_experts(tensors, "model.experts", 3, layout="marlin")
     with pytest.raises(ValueError, match=r"experts is .* 0 to 2"):
         load_int4_experts(tensors, "model.experts", 3, layout="awq", experts=[3])
+    with pytest.raises(ValueError, match=r"experts is \[\]; it must be one or more of 0 to 2"):
+        load_int4_experts(tensors, "model.experts", 3, layout="awq", experts=[])
     with pytest.raises(ValueError, match=r"model\.experts\.0\.gate_proj: qweight has the shape"):
         load_int4_experts(tensors, "model.experts", 3, layout="gptq")
     del tensors["model.experts.2.down_proj.scales"]
-    with pytest.raises(KeyError, match=r"model\.experts\.2\.down_proj\.scales"):
+    with pytest.raises(KeyError, match=r"no tensor 'model\.experts\.2\.down_proj\.scales'"):
         load_int4_experts(tensors, "model.experts", 3, layout="awq")
     asymmetric, _ = stored_experts("awq", 32, zeros=3)
     with pytest.raises(ValueError, match=r"experts\.0\.gate_proj: .* zero point 3"):
         load_int4_experts(asymmetric, "model.experts", 3, layout="awq")
+
+
+def test_what_may_be_there_is_looked_at() -> None:
+    tensors, _ = stored_experts("gptq", 32)
+    tensors["model.experts.1.up_proj.g_idx"] = tensors["model.experts.1.up_proj.g_idx"].flip(0)
+    with pytest.raises(ValueError, match=r"experts\.1\.up_proj: g_idx\[0\] is 1; .*desc_act"):
+        load_int4_experts(tensors, "model.experts", 3, layout="gptq")
+
+
+def test_gate_and_up_in_different_groups() -> None:
+    tensors, _ = stored_experts("awq", 32)
+    for part, tensor in Matrix(96, 64, 64, zeros=8).awq().items():
+        tensors[f"model.experts.1.up_proj.{part}"] = tensor
+    words = r"model\.experts\.1: the scales of gate_proj are \[96, 2\], those of up_proj \[96, 1\]"
+    with pytest.raises(ValueError, match=words):
+        load_int4_experts(tensors, "model.experts", 3, layout="awq")
 
 
 def test_a_checkpoint_of_ours_survives_its_own_format() -> None:

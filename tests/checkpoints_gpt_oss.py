@@ -111,3 +111,10 @@ def test_gpt_oss_shapes(blocks: tuple[int, ...], scales: tuple[int, ...], words:
         mxfp4_from_gpt_oss(
             torch.zeros(blocks, dtype=kind), torch.zeros(scales, dtype=kind), gated=True
         )
+
+
+def test_gpt_oss_dtypes() -> None:
+    blocks = torch.zeros(2, 4, 3, 16, dtype=torch.uint8)
+    for bad in ((blocks.float(), blocks[..., 0]), (blocks, blocks[..., 0].float())):
+        with pytest.raises(ValueError, match=r"is a torch\.float32 tensor .* must be torch\.uint8"):
+            mxfp4_from_gpt_oss(*bad, gated=True)

@@ -51,10 +51,18 @@ def test_nearest() -> None:
     buckets = [1, 64, 128]
     assert nearest(64, buckets) == [64]
     assert nearest(65, buckets) == [64, 128]
+    assert nearest(2, buckets) == [1, 64]
     # By ratio: 91 is nearer to 128, though not by difference.
     assert nearest(91, buckets) == [128, 64]
     assert nearest(100000, buckets) == [128]
     assert nearest(5, []) == []
+
+
+def test_what_a_layer_is_called() -> None:
+    words = "8 experts of 4096x14336, top 2, bfloat16, weights int4/64"
+    assert LAYER.describe() == words
+    plain = dataclasses.replace(LAYER, weights="same", group_size=0)
+    assert plain.describe() == words.replace("int4/64", "same")
 
 
 def test_entry_for() -> None:
@@ -73,6 +81,8 @@ def test_entry_for() -> None:
 
 def test_round_trip(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "tactics.json"
+    mask = os.umask(0o022)
+    os.umask(mask)
     storage.merge(str(path), RESULTS)
     assert storage.read(str(path)) == RESULTS
     text = path.read_text()
@@ -82,8 +92,6 @@ def test_round_trip(tmp_path: pathlib.Path) -> None:
     (line,) = (line for line in text.splitlines() if line.strip().startswith('"4096"'))
     assert "16x128x128" in line and "31.2" in line, "one line for each number of tokens"
     assert [p.name for p in tmp_path.iterdir()] == ["tactics.json"]
-    mask = os.umask(0o022)
-    os.umask(mask)
     assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, "not as other files are"
 
 
@@ -94,6 +102,23 @@ def test_merging_keeps_the_rest(tmp_path: pathlib.Path) -> None:
     newer = dataclasses.replace(ENTRY, microseconds=29.0)
     storage.merge(path, {key: {64: newer, 2: newer}})
     assert storage.read(path) == {**RESULTS, key: {1: ENTRY, 2: newer, 64: newer}}
+
+
+def test_a_file_that_cannot_be_replaced(
+    tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "tactics.json"
+    storage.merge(str(path), RESULTS)
+    text = path.read_text()
+
+    def full(source: str, target: str) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError, match="no space left"):
+        storage.merge(str(path), {Key(A10, "0.3.0", LAYER): {1: ENTRY}})
+    assert path.read_text() == text
+    assert [p.name for p in tmp_path.iterdir()] == ["tactics.json"], "half a file was left"
 
 
 def test_merging_at_once_loses_nothing(tmp_path: pathlib.Path) -> None:

@@ -96,8 +96,8 @@ def default_buckets(tune_max_num_tokens: int) -> tuple[int, ...]:
     As FlashInfer's, without its linear steps between 256 and 4096: a tile's height suits rows an
     expert within a factor, and `nearest` does not trust a bucket beyond that.
     """
-    powers = [1 << i for i in range(tune_max_num_tokens.bit_length())]
-    return tuple(sorted({p for p in powers if p <= tune_max_num_tokens} | {tune_max_num_tokens}))
+    powers = {1 << i for i in range(tune_max_num_tokens.bit_length())}
+    return tuple(sorted(powers | {tune_max_num_tokens}))
 
 
 def nearest(tokens: int, buckets: Iterable[int]) -> list[int]:
