@@ -22,6 +22,7 @@ EVERYWHERE = (
     "ranks_that_disagree",
     "refused_before_anything_is_sent",
     "parallel_graphs.refused_in_a_graph",
+    "parallel_random.random_calls",
 )
 FOUR_RANKS = (
     "meshes",

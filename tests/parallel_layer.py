@@ -72,7 +72,7 @@ class Layer:
         elif routing == "first":
             ids.zero_()
         if self.exact:
-            x = _ternary(draw, count, hidden)
+            x = ternary(draw, count, hidden)
             scales = 2.0 ** torch.randint(-1, 2, scales.shape, generator=draw)
         else:
             x = torch.randn(count, hidden, generator=draw)
@@ -110,7 +110,7 @@ class Layer:
         self.check(out, x, ids, scales)
 
 
-def _ternary(draw: torch.Generator, *shape: int) -> torch.Tensor:
+def ternary(draw: torch.Generator, *shape: int) -> torch.Tensor:
     """-1, 0 and 1; three of four are 0."""
     return torch.randint(-1, 2, shape, generator=draw) * (torch.rand(shape, generator=draw) < 0.37)
 
@@ -119,10 +119,10 @@ def exact_layer(me: Rank) -> Layer:
     """Relu, both biases. Sums stay below 2048, up to where float16 has every whole number."""
     draw = torch.Generator().manual_seed(7)
     experts = ExpertWeights(
-        fc1=_ternary(draw, EXPERTS, INTER, HIDDEN).to(me.device, torch.float16),
-        fc2=_ternary(draw, EXPERTS, HIDDEN, INTER).to(me.device, torch.float16),
-        fc1_biases=_ternary(draw, EXPERTS, INTER).to(me.device, torch.float16),
-        fc2_biases=_ternary(draw, EXPERTS, HIDDEN).to(me.device, torch.float16),
+        fc1=ternary(draw, EXPERTS, INTER, HIDDEN).to(me.device, torch.float16),
+        fc2=ternary(draw, EXPERTS, HIDDEN, INTER).to(me.device, torch.float16),
+        fc1_biases=ternary(draw, EXPERTS, INTER).to(me.device, torch.float16),
+        fc2_biases=ternary(draw, EXPERTS, HIDDEN).to(me.device, torch.float16),
         activation_type=ActivationType.Relu,
     )
     return Layer(experts, torch.float16, True, me.device)
