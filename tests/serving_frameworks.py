@@ -320,13 +320,17 @@ def test_what_is_not_ours_is_left_to_vllm(vllm: Names, changes: dict[str, Any], 
         vllm.experts.FusedMoeInt8Method(moe=moe)
 
 
-def test_the_warning(vllm: Names, caplog: pytest.LogCaptureFixture) -> None:
+def test_what_is_logged_once(vllm: Names, caplog: pytest.LogCaptureFixture) -> None:
     if REAL:
         pytest.skip("vLLM has no kernel of its own for such a layer on this machine")
-    with caplog.at_level(logging.WARNING):
-        method = vllm.method(configuration(vllm, hidden_dim=60))
-    assert method.experts_cls is not vllm.experts.FusedMoeExperts
-    assert "fused_moe does not run this layer, vLLM does" in caplog.text
+    vllm.experts._say_once.cache_clear()
+    with caplog.at_level(logging.INFO):
+        for _ in range(2):
+            method = vllm.method(configuration(vllm, hidden_dim=60))
+            assert method.experts_cls is not vllm.experts.FusedMoeExperts
+            vllm.method(configuration(vllm, hidden_dim=72))
+    assert caplog.text.count("fused_moe does not run this layer, vLLM does") == 1
+    assert caplog.text.count("16-bit experts run on fused_moe") == 1
 
 
 def test_a_named_backend_is_left_alone(vllm: Names) -> None:

@@ -13,9 +13,11 @@ from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 import serving_frameworks as in_vllm
 import serving_sglang as in_sglang
+from fused_moe.integrations._activation_parameters import for_each_expert
 from serving_frameworks import current_config, vllm  # noqa: F401
 from serving_sglang import ask_for, sglang  # noqa: F401
 from tolerances import assert_close
@@ -93,6 +95,16 @@ def test_vllm_in_float32(vllm: Any, monkeypatch: pytest.MonkeyPatch) -> None:  #
     for dtype, taken in ((torch.float32, False), (torch.bfloat16, True), (torch.float16, True)):
         reason = vllm.experts.refusal(in_vllm.configuration(vllm, in_dtype=dtype), None)
         assert (reason is None) == taken and (taken or "torch.float32" in str(reason))
+
+
+def test_parameters_under_a_tracer() -> None:
+    """What a tracer made in their place holds no numbers, and is not kept."""
+    device = torch.device("cpu")
+    with FakeTensorMode():
+        assert isinstance(for_each_expert(0.125, 3, device), FakeTensor)
+    made = for_each_expert(0.125, 3, device)
+    assert made is not None and made.tolist() == [0.125] * 3
+    assert for_each_expert(0.125, 3, device) is made and for_each_expert(None, 3, device) is None
 
 
 SGLANG = ["silu", "gpt-oss", "halves", "relu2"]

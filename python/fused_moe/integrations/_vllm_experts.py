@@ -236,8 +236,9 @@ def _refuse_to_load(layer: Any, name: str) -> None:
 
 
 @functools.cache
-def _say_once(message: str) -> None:
-    _log.info(message)
+def _say_once(level: int, message: str) -> None:
+    """Logs what is the same for dozens of layers."""
+    _log.log(level, message)
 
 
 class FusedMoeMethod(UnquantizedFusedMoEMethod):
@@ -249,7 +250,7 @@ class FusedMoeMethod(UnquantizedFusedMoEMethod):
     def __init__(self, moe: Any) -> None:
         ours = moe.moe_backend == "auto"
         if ours and (reason := refusal(moe, None)) is not None:
-            _log.warning("fused_moe does not run this layer, vLLM does: %s", reason)
+            _say_once(logging.WARNING, f"fused_moe does not run this layer, vLLM does: {reason}")
             ours = False
         if not ours:
             super().__init__(moe)
@@ -262,7 +263,7 @@ class FusedMoeMethod(UnquantizedFusedMoEMethod):
         # Those of vLLM's weight cache are in the order of the process that loaded them, which need
         # not be ours: the key to the cache does not know.
         self.supports_pre_processed_weights = False
-        _say_once("16-bit experts run on fused_moe")
+        _say_once(logging.INFO, "16-bit experts run on fused_moe")
 
     def _setup_kernel(self, layer: Any, w13: torch.Tensor, w2: torch.Tensor) -> None:
         if self.experts_cls is not FusedMoeExperts:
@@ -296,7 +297,7 @@ class FusedMoeInt8Method(Int8OnlineMoEMethod):
         super(Int8OnlineMoEMethod, self).__init__(moe)
         self.int8_backend = Int8MoeBackend.TRITON
         self.experts_cls = FusedMoeExperts
-        _say_once("INT8 experts run on fused_moe")
+        _say_once(logging.INFO, "INT8 experts run on fused_moe")
 
     def _setup_kernel(self, layer: Any) -> None:
         for name in ("w13_weight", "w13_scale", "w13_bias"):
