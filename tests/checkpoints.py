@@ -271,6 +271,15 @@ BAD: list[tuple[str, dict[str, torch.Tensor], str]] = [
     ("compressed-tensors", {"weight_scale": torch.ones(16, 4)}, "multiple of 32"),
     ("compressed-tensors", {"weight_scale": torch.ones(16, 3)}, "the scales are 3 for 64 weights"),
     ("compressed-tensors", {"weight_scale": torch.ones(16, 0)}, "the scales are 0 for 64 weights"),
+    (
+        "compressed-tensors",
+        {
+            "weight_packed": torch.zeros(16, 41, dtype=torch.int32),
+            "weight_scale": torch.ones(16, 10),
+            "weight_shape": torch.tensor([16, 328]),
+        },
+        "the scales are 10 for 328 weights",
+    ),
     ("compressed-tensors", {"weight_zero_point": torch.zeros(2, 2)}, "zero_point is a torch.flo"),
     (
         "compressed-tensors",

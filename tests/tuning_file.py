@@ -81,8 +81,6 @@ def test_entry_for() -> None:
 
 def test_round_trip(tmp_path: pathlib.Path) -> None:
     path = tmp_path / "tactics.json"
-    mask = os.umask(0o022)
-    os.umask(mask)
     storage.merge(str(path), RESULTS)
     assert storage.read(str(path)) == RESULTS
     text = path.read_text()
@@ -92,7 +90,17 @@ def test_round_trip(tmp_path: pathlib.Path) -> None:
     (line,) = (line for line in text.splitlines() if line.strip().startswith('"4096"'))
     assert "16x128x128" in line and "31.2" in line, "one line for each number of tokens"
     assert [p.name for p in tmp_path.iterdir()] == ["tactics.json"]
-    assert stat.S_IMODE(path.stat().st_mode) == 0o666 & ~mask, "not as other files are"
+
+
+def test_who_may_read_the_file(tmp_path: pathlib.Path) -> None:
+    path = tmp_path / "tactics.json"
+    mask = os.umask(0o027)
+    try:
+        storage.merge(str(path), RESULTS)
+    finally:
+        left = os.umask(mask)
+    assert left == 0o027, "the process would make other files with another mode"
+    assert stat.S_IMODE(path.stat().st_mode) == 0o640, "not as other files are"
 
 
 def test_merging_keeps_the_rest(tmp_path: pathlib.Path) -> None:
