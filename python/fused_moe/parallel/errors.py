@@ -18,8 +18,8 @@ import torch.distributed as dist
 class ParallelError(RuntimeError):
     """An exchange between ranks failed: a rank died, or the ranks did not make the same call.
 
-    The text says which exchange, of which rank in which group; the error of torch.distributed
-    is the `__cause__`. The process group is not usable afterwards.
+    The text says which exchange, of which rank in which group, and the error of torch.distributed
+    is the `__cause__`; `wait_for_device` knows neither. The process group is not usable afterwards.
     """
 
 
