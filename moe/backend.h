@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What an architecture implements: its tactics, the choice among them, and the launch of one
-// grouped GEMM. Everything else of a call is in layer.h and common to all.
+// grouped GEMM or of a whole layer. Everything else of a call is in layer.h and common to all.
 
 #ifndef MOE_BACKEND_H_
 #define MOE_BACKEND_H_
@@ -23,7 +23,7 @@ struct Tactic {
   bool whole_layer = false;  // runs the layer in one launch: both GEMMs of a pair have it
   int32_t tile_m = 0;        // rows of a tile: what the row-tile list is cut into
   int32_t tile_n = 0;        // weight rows of a tile
-  int32_t tile_k = 0;
+  int32_t tile_k = 0;        // reduction length of a step
   int32_t stages = 0;
   int32_t threads = 0;
   int32_t shared_memory = 0;  // bytes a block

@@ -3,10 +3,10 @@
 // Bound by memory: reads k rows and writes one for each token. A thread owns 8 columns (16 bytes)
 // of one token; loads of several experts' rows are issued together before they are added.
 
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
+#include <cstdint>
 
 #include "moe/finalize.h"
+#include "moe/numeric.cuh"
 
 namespace moe {
 namespace {
@@ -15,12 +15,7 @@ constexpr int kThreads = 128;
 constexpr int kColumns = 8;       // of a thread: one 16-byte load of 16-bit values
 constexpr int kRowsInFlight = 4;  // independent loads of a thread
 
-__device__ float2 ToFloat(__half2 v) { return __half22float2(v); }
-__device__ float2 ToFloat(__nv_bfloat162 v) { return __bfloat1622float2(v); }
-__device__ void FromFloat(float2 v, __half2& out) { out = __float22half2_rn(v); }
-__device__ void FromFloat(float2 v, __nv_bfloat162& out) { out = __float22bfloat162_rn(v); }
-
-template <typename Pair>
+template <DType kDType>
 __global__ void __launch_bounds__(kThreads)
     FinalizeKernel(const uint4* __restrict__ rows, const int32_t* __restrict__ slot_to_row,
                    uint4* __restrict__ out, int top_k, int vectors) {
@@ -45,7 +40,7 @@ __global__ void __launch_bounds__(kThreads)
       const uint32_t words[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
 #pragma unroll
       for (int c = 0; c < kColumns / 2; ++c) {
-        const float2 v = ToFloat(reinterpret_cast<const Pair&>(words[c]));
+        const float2 v = ToFloat2(AsPair<ElementOf<kDType>>(words[c]));
         sum[c].x += v.x;
         sum[c].y += v.y;
       }
@@ -53,19 +48,19 @@ __global__ void __launch_bounds__(kThreads)
   }
   uint32_t words[4];
 #pragma unroll
-  for (int c = 0; c < kColumns / 2; ++c) FromFloat(sum[c], reinterpret_cast<Pair&>(words[c]));
+  for (int c = 0; c < kColumns / 2; ++c) words[c] = PackPair(sum[c].x, sum[c].y, kDType);
   out[token * vectors + vector] = make_uint4(words[0], words[1], words[2], words[3]);
 }
 
-template <typename Pair>
+template <DType kDType>
 cudaError_t Launch(const Problem& problem, const void* rows, const int32_t* slot_to_row, void* out,
                    cudaStream_t stream) {
   const int vectors = problem.hidden_size / kColumns;
   // Tokens go along x: only that grid dimension reaches beyond 65535.
   const dim3 grid(static_cast<unsigned>(problem.num_tokens), (vectors + kThreads - 1) / kThreads);
-  FinalizeKernel<Pair><<<grid, kThreads, 0, stream>>>(static_cast<const uint4*>(rows), slot_to_row,
-                                                      static_cast<uint4*>(out), problem.top_k,
-                                                      vectors);
+  FinalizeKernel<kDType><<<grid, kThreads, 0, stream>>>(static_cast<const uint4*>(rows),
+                                                        slot_to_row, static_cast<uint4*>(out),
+                                                        problem.top_k, vectors);
   return cudaGetLastError();
 }
 
@@ -73,7 +68,8 @@ cudaError_t Launch(const Problem& problem, const void* rows, const int32_t* slot
 
 cudaError_t LaunchFinalize(const Problem& problem, const void* expert_output,
                            const int32_t* slot_to_row, void* output, cudaStream_t stream) {
-  auto* launch = problem.output_dtype == DType::kFloat16 ? Launch<__half2> : Launch<__nv_bfloat162>;
+  auto* launch =
+      problem.output_dtype == DType::kFloat16 ? Launch<DType::kFloat16> : Launch<DType::kBFloat16>;
   return launch(problem, expert_output, slot_to_row, output, stream);
 }
 

@@ -25,7 +25,7 @@ struct GroupedGemm {
   const void* a = nullptr;  // [*, k] dtype
   bool gather = false;      // rows of `a` are tokens
   int32_t top_k = 1;
-  const void* weights = nullptr;  // [experts, fc rows, k]
+  const void* weights = nullptr;  // [experts, fc rows, k]; with a gate [up rows; gate rows]
   // [experts, fc rows], for 4-bit weights [experts, fc rows, k / group_size]; null for 16-bit ones
   const void* weight_scales = nullptr;
   const void* bias = nullptr;              // [experts, fc rows]; may be null

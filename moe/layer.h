@@ -23,8 +23,8 @@ struct LayerArguments {
   const float* scales = nullptr;      // [M, k]; null: 1
   const void* fc1_weights = nullptr;  // [E_l, 2I or I, H]
   const void* fc2_weights = nullptr;  // [E_l, H, I]
-  const void* fc1_scales = nullptr;   // [E_l, 2I or I]
-  const void* fc2_scales = nullptr;   // [E_l, H]
+  const void* fc1_scales = nullptr;   // [E_l, 2I or I], of 4-bit weights [E_l, 2I or I, H / group]
+  const void* fc2_scales = nullptr;   // [E_l, H], of 4-bit weights [E_l, H, I / group]
   DType weight_scale_dtype = DType::kFloat32;
   const void* fc1_bias = nullptr;       // [E_l, 2I or I] output_dtype
   const void* fc2_bias = nullptr;       // [E_l, H] output_dtype

@@ -13,6 +13,7 @@
 // 4 bytes are read and 8 written for each slot, those of row_to_slot scattered, which is why one
 // multiprocessor alone is slow at it.
 
+#include "moe/local_expert.cuh"
 #include "moe/routing.h"
 #include "moe/workspace.h"
 
@@ -24,6 +25,12 @@ constexpr int kSlotsPerBlock = kThreads;  // scattered by a block of the one-lau
 constexpr int64_t kSlotsInOneLaunch = 16 * kSlotsPerBlock;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
+
+// Numbers an expert in the shared memory of each kernel.
+constexpr int kNumbersInOneLaunch = 5;
+constexpr int kNumbersToPlan = 4;
+static_assert(kMaxLocalExperts * kNumbersInOneLaunch * sizeof(int32_t) < 48 * 1024 - 1024,
+              "what a kernel may have without asking, less its scan's");
 
 struct Params {
   const int32_t* experts;
@@ -60,12 +67,9 @@ __device__ Extent WarpInclusiveScan(Extent v, int lane) {
   return v;
 }
 
-// Local expert of a slot, or -1. The unsigned comparison catches ids below the range too; the
-// subtraction is done unsigned because an id may be any int32.
-__device__ int32_t LocalExpert(const Params& p, int32_t slot) {
-  const uint32_t expert =
-      static_cast<uint32_t>(p.experts[slot]) - static_cast<uint32_t>(p.first_expert);
-  return expert < static_cast<uint32_t>(p.num_experts) ? static_cast<int32_t>(expert) : -1;
+// Of a slot, or -1.
+__device__ int32_t ExpertOf(const Params& p, int32_t slot) {
+  return LocalExpert(p.experts[slot], p.first_expert, p.num_experts);
 }
 
 __device__ void PlaceSlot(const Params& p, int32_t slot, int32_t row) {
@@ -132,7 +136,7 @@ __device__ void WriteTileLists(const Params& p, const int32_t* counts, const int
   }
 }
 
-extern __shared__ int32_t shared_experts[];  // up to 5 numbers an expert
+extern __shared__ int32_t shared_experts[];
 
 __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
   int32_t* counts = shared_experts;
@@ -147,7 +151,7 @@ __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
   __syncthreads();
   const int32_t share_begin = blockIdx.x * kSlotsPerBlock;
   for (int32_t slot = threadIdx.x; slot < p.slots; slot += kThreads) {
-    const int32_t expert = LocalExpert(p, slot);
+    const int32_t expert = ExpertOf(p, slot);
     if (expert < 0) continue;
     atomicAdd(&counts[expert], 1);
     if (slot < share_begin) atomicAdd(&earlier[expert], 1);
@@ -158,7 +162,7 @@ __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
 
   const int32_t own_slot = share_begin + threadIdx.x;
   if (own_slot < p.slots) {
-    const int32_t expert = LocalExpert(p, own_slot);
+    const int32_t expert = ExpertOf(p, own_slot);
     PlaceSlot(p, own_slot, expert >= 0 ? row_begin[expert] + atomicAdd(&earlier[expert], 1) : -1);
   }
   if (blockIdx.x == gridDim.x - 1) WriteTileLists(p, counts, row_begin, first_tile, total);
@@ -178,7 +182,7 @@ __global__ void __launch_bounds__(kThreads) CountKernel(Params p) {
   __syncthreads();
   const int2 slots = BlockSlots(p);
   for (int64_t slot = slots.x + threadIdx.x; slot < slots.y; slot += kThreads) {
-    const int32_t expert = LocalExpert(p, static_cast<int32_t>(slot));
+    const int32_t expert = ExpertOf(p, static_cast<int32_t>(slot));
     if (expert >= 0) atomicAdd(&counts[expert], 1);
   }
   __syncthreads();
@@ -222,7 +226,7 @@ __global__ void __launch_bounds__(kThreads) ScatterKernel(Params p) {
   __syncthreads();
   const int2 slots = BlockSlots(p);
   for (int64_t slot = slots.x + threadIdx.x; slot < slots.y; slot += kThreads) {
-    const int32_t expert = LocalExpert(p, static_cast<int32_t>(slot));
+    const int32_t expert = ExpertOf(p, static_cast<int32_t>(slot));
     PlaceSlot(p, static_cast<int32_t>(slot), expert >= 0 ? atomicAdd(&next_row[expert], 1) : -1);
   }
 }
@@ -240,7 +244,7 @@ cudaError_t LaunchRouting(const Problem& problem, const int32_t* experts,
   const size_t per_expert = p.num_experts * sizeof(int32_t);
   if (p.slots <= kSlotsInOneLaunch) {
     const int blocks = (p.slots + kSlotsPerBlock - 1) / kSlotsPerBlock;
-    RouteInOneLaunchKernel<<<blocks, kThreads, 5 * per_expert, stream>>>(p);
+    RouteInOneLaunchKernel<<<blocks, kThreads, kNumbersInOneLaunch * per_expert, stream>>>(p);
     return cudaGetLastError();
   }
   p.blocks = RoutingBlocks(problem);
@@ -248,7 +252,7 @@ cudaError_t LaunchRouting(const Problem& problem, const int32_t* experts,
   // Rounding up may leave the last blocks nothing: drop them.
   p.blocks = (p.slots - 1) / p.slots_per_block + 1;
   CountKernel<<<p.blocks, kThreads, per_expert, stream>>>(p);
-  PlanKernel<<<1, kThreads, 4 * per_expert, stream>>>(p);
+  PlanKernel<<<1, kThreads, kNumbersToPlan * per_expert, stream>>>(p);
   ScatterKernel<<<p.blocks, kThreads, per_expert, stream>>>(p);
   return cudaGetLastError();
 }

@@ -26,6 +26,9 @@ struct alignas(16) RowTile {
 };
 static_assert(sizeof(RowTile) == 16, "kernels read an entry with one 16-byte load");
 
+// The lowest tile that a backend may ask a list for: what the workspace has room for.
+inline constexpr int32_t kMinTileRows = 16;
+
 // Entries needed for any routing of `slots` slots over `experts` experts: each non-empty expert
 // adds at most one partly filled tile.
 constexpr int64_t MaxRowTiles(int64_t slots, int64_t experts, int64_t tile_rows) {

@@ -23,13 +23,15 @@ class Arena {
 }  // namespace
 
 int32_t RoutingBlocks(const Problem& problem) {
-  // 4096 slots a block keep a launch of 131072 slots at 32 blocks; the cap on the histograms'
-  // total size (256 KiB) keeps the workspace bound for any number of experts.
+  // 4096 slots a block keep a launch of 131072 slots at 32 blocks. Their histograms are added by
+  // one block, hence the cap on how many there are; the cap on their total size (256 KiB) keeps the
+  // workspace bound for any number of experts.
   constexpr int64_t kSlotsPerBlock = 4096;
+  constexpr int64_t kMaxBlocks = 128;
   constexpr int64_t kMaxCounters = 64 * 1024;
   const int64_t wanted = (problem.num_slots() + kSlotsPerBlock - 1) / kSlotsPerBlock;
   const int64_t affordable = kMaxCounters / std::max<int64_t>(problem.num_local_experts, 1);
-  return static_cast<int32_t>(std::max<int64_t>(1, std::min<int64_t>({wanted, affordable, 128})));
+  return static_cast<int32_t>(std::max<int64_t>(1, std::min({wanted, affordable, kMaxBlocks})));
 }
 
 WorkspacePlan PlanWorkspace(const Problem& problem) {

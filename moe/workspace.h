@@ -18,15 +18,12 @@ namespace moe {
 
 inline constexpr size_t kWorkspaceAlignment = 128;
 
-// The smallest tile height that any backend may use: sizes the row-tile lists.
-inline constexpr int32_t kMinTileRows = 16;
-
 // Blocks of the large-input routing, each with a histogram of its own.
 int32_t RoutingBlocks(const Problem& problem);
 
 // Byte offsets from the start of the workspace.
 struct WorkspacePlan {
-  size_t num_row_tiles;  // int32 [2]: entries in each list
+  size_t num_row_tiles;  // int32 [2]: entries in each list; a whole layer's two counters
   size_t row_tiles[2];   // RowTile [MaxRowTiles]: for GEMM 1 and GEMM 2
   size_t expert_counts;  // int32 [RoutingBlocks, E_l]: large inputs only
   size_t row_to_slot;    // int32 [slots]: whose token GEMM 1 gathers, whose scale GEMM 2 applies

@@ -112,3 +112,26 @@ def test_workspace_bound(name: str) -> None:
                 f"{tokens} tokens: {nbytes} bytes, not from {least} to {bound}"
             )
             previous = nbytes
+
+
+@needs_sm80
+@pytest.mark.parametrize(
+    ("hidden", "inter", "fits"),
+    [(1 << 23, 8, False), (8, 1 << 23, False), ((1 << 22) - 8, 8, True), (4096, 14336, True)],
+)
+def test_few_token_kernels_take_what_they_can_count(hidden: int, inter: int, fits: bool) -> None:
+    """They count eighths of slots x H and of slots x I in 32 bits, with signs."""
+    assert _extension.C is not None
+    problem = _extension.C.Problem(
+        num_tokens=2048,
+        hidden_size=hidden,
+        intermediate_size=inter,
+        num_local_experts=1,
+        first_local_expert=0,
+        top_k=1,
+        activation=3,
+        dtype=2,
+        output_dtype=2,
+        weight_format=0,
+    )
+    assert bool(_extension.C.whole_layer_tactics("sm80", problem, 227 * 1024)) == fits

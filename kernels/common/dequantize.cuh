@@ -17,6 +17,7 @@
 #include <type_traits>
 
 #include "kernels/common/weight_kind.h"
+#include "moe/numeric.cuh"
 #include "moe/problem.h"
 
 namespace moe {
@@ -46,12 +47,6 @@ __device__ inline uint32_t MaskOr(uint32_t a, uint32_t bits) {
 }
 
 // Arithmetic on two 16-bit floats in a register.
-template <typename Element>
-using PairOf = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
-template <typename Element>
-__device__ inline const PairOf<Element>& AsPair(const uint32_t& bits) {
-  return reinterpret_cast<const PairOf<Element>&>(bits);
-}
 template <typename Pair>
 __device__ inline uint32_t AsBits(const Pair& pair) {
   return reinterpret_cast<const uint32_t&>(pair);

@@ -23,7 +23,7 @@ constexpr int WeightBits(WeightKind kind) {
   return kind == WeightKind::k16Bit ? 16 : kind == WeightKind::k8Bit ? 8 : 4;
 }
 
-// Whether scales belong to groups along k and are applied to the weights, not to their sums.
+// Whether scales belong to groups along k, so that they cannot wait for the finished sum.
 constexpr bool HasGroups(WeightKind kind) {
   return kind == WeightKind::kInt4 || kind == WeightKind::kMxfp4;
 }

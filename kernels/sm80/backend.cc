@@ -8,6 +8,7 @@
 
 #include "kernels/sm80/choose.h"
 #include "kernels/sm80/decode.h"
+#include "kernels/sm80/decode_kernels.h"
 #include "kernels/sm80/grouped_gemm.h"
 #include "kernels/sm80/tiles.h"
 
@@ -106,7 +107,8 @@ class Sm80Backend final : public Backend {
     std::vector<Tactic> tactics;
     for (const Tile& tile : kTiles) {
       Tactic tactic;
-      tactic.name = std::string(tile.name) + "x" + std::to_string(tile.step(kind));
+      tactic.name = std::to_string(tile.m) + "x" + std::to_string(tile.n) + "x" +
+                    std::to_string(tile.step(kind));
       tactic.tile_m = tile.m;
       tactic.tile_n = tile.n;
       tactic.tile_k = tile.step(kind);
@@ -120,8 +122,8 @@ class Sm80Backend final : public Backend {
       tactic.name = "decode" + std::to_string(8 * token_blocks);
       tactic.whole_layer = true;
       tactic.tile_m = 8 * token_blocks;
-      tactic.tile_n = 32;
-      tactic.tile_k = 4 * 128 / WeightBits(kind);
+      tactic.tile_n = kDecodeRows;
+      tactic.tile_k = DecodeChunk(kind);
       tactic.threads = kDecodeThreads;
       tactic.shared_memory = DecodeSharedMemory(token_blocks);
       tactics.push_back(tactic);

@@ -11,15 +11,16 @@
 //
 // One launch for the whole layer takes a start and its weights at a bandwidth of its own.
 //
-// The costs were fitted to timings on an H200 (docs/measurements.md), up to 168 GEMMs an entry; they
-// are microseconds of that chip's multiprocessors. Other chips enter by multiprocessors, resident
-// blocks and shared memory. That an A100 has about 0.6 of both the matrix rate and the bandwidth a
-// multiprocessor scales all times alike and leaves the choice where it is.
+// The costs were fitted to timings on an H200 (docs/measurements.md), up to 168 GEMMs an entry;
+// they are microseconds of that chip's multiprocessors. Other chips enter by multiprocessors,
+// resident blocks and shared memory. That an A100 has about 0.6 of both the matrix rate and the
+// bandwidth a multiprocessor scales all times alike and leaves the choice where it is.
 
 #include "kernels/sm80/choose.h"
 
 #include <algorithm>
 #include <cmath>
+#include <cstdint>
 
 #include "kernels/sm80/decode_kernels.h"
 #include "kernels/sm80/tiles.h"
@@ -29,7 +30,9 @@ namespace {
 
 constexpr Device kFittedOn = {132, 232448, 233472};
 
-constexpr int kReserved = 1024;  // the driver takes 1 KiB of shared memory a block
+// Shared memory that the driver takes for each block that a multiprocessor holds. The limit of one
+// block leaves it out.
+constexpr int kReserved = 1024;
 
 struct Cost {
   double step;       // us a k step
@@ -140,17 +143,6 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
   return std::sqrt(std::sqrt(std::pow(by_waves, 4) + std::pow(by_bytes, 4)));
 }
 
-}  // namespace
-
-int ResidentBlocks(int tile, WeightKind kind, const Device& device) {
-  const int bytes = kTiles[tile].shared_memory(kind);
-  if (bytes > device.shared_memory_per_block) return 0;
-  return std::clamp(device.shared_memory_per_multiprocessor / (bytes + kReserved), 1,
-                    kTiles[tile].blocks[static_cast<int>(kind)]);
-}
-
-namespace {
-
 struct TileChoice {
   int tile;
   double microseconds;
@@ -196,9 +188,19 @@ double DecodeMicroseconds(int kernel, const Problem& problem, const Device& devi
 
 }  // namespace
 
+int ResidentBlocks(int tile, WeightKind kind, const Device& device) {
+  const int bytes = kTiles[tile].shared_memory(kind);
+  if (bytes > device.shared_memory_per_block) return 0;
+  return std::clamp(device.shared_memory_per_multiprocessor / (bytes + kReserved), 1,
+                    kTiles[tile].blocks[static_cast<int>(kind)]);
+}
+
 bool DecodeFits(int kernel, const Problem& problem, const Device& device) {
-  return problem.num_slots() <= kDecodeMaxSlots &&
-         DecodeSharedMemory(kDecodeTokenBlocks[kernel]) + kReserved <=
+  // The kernel counts the 8-value vectors of its rows in 32 bits, and a grid's stride beyond them.
+  const int64_t vectors =
+      problem.num_slots() * std::max(problem.hidden_size, problem.intermediate_size) / 8;
+  return problem.num_slots() <= kDecodeMaxSlots && vectors < (int64_t{1} << 30) &&
+         DecodeSharedMemory(kDecodeTokenBlocks[kernel]) + kDecodeStaticSharedMemory <=
              device.shared_memory_per_block;
 }
 

@@ -3,8 +3,8 @@
 // One grouped GEMM of the few-token layer: weights stream from global memory straight into the
 // registers of mma.m16n8k16, whose 16-row side they take; the 8 columns are tokens.
 //
-// A unit of work is kColumns output columns of one pass (an expert and up to 8 * kTokenBlocks of its
-// slots). It belongs to a group of warps, its slices, that divide k among themselves, chunk by
+// A unit of work is kColumns output columns of one pass (an expert and up to 8 * kTokenBlocks of
+// its slots). It belongs to a group of warps, its slices, that divide k among themselves, chunk by
 // chunk in turn, and whose sums are added in shared memory in a fixed order. Few slices make long
 // runs of loads, many make enough work for every multiprocessor: the number of units decides.
 //
@@ -29,10 +29,10 @@
 
 #include "kernels/common/activation.cuh"
 #include "kernels/common/dequantize.cuh"
-#include "kernels/common/numeric.cuh"
 #include "kernels/sm80/decode.h"
 #include "kernels/sm80/decode_multiply.cuh"
 #include "kernels/sm80/decode_route.cuh"
+#include "moe/numeric.cuh"
 
 namespace moe::sm80 {
 
@@ -52,15 +52,13 @@ class DecodeGemm {
   using Shared = DecodeShared<kTokenBlocks>;
 
  public:
-  static constexpr int kWarps = kDecodeThreads / 32;
-  static constexpr int kColumns = kGated ? 16 : 32;        // of a group of warps: 32 weight rows
-  static constexpr int kVector = 128 / WeightBits(kKind);  // weights of a 16-byte load
-  static constexpr int kChunk = DecodeChunk(kKind);        // of k
+  static constexpr int kColumns = kDecodeRows / (kGated ? 2 : 1);  // of a unit
+  static constexpr int kVector = 128 / WeightBits(kKind);          // weights of a 16-byte load
+  static constexpr int kChunk = DecodeChunk(kKind);                // of k
   // Chunks of a batch: as many as the registers allow.
   static constexpr int kDepth = HasGroups(kKind) ? 3 - kTokenBlocks : 4 - kTokenBlocks;
   static constexpr int kTokens = 8 * kTokenBlocks;
-  static constexpr int kWarpSums = 2 * kTokens * kDecodePitch;
-  static_assert(2 * kWarps * kWarpSums * 4 == DecodeSumBytes(kTokenBlocks), "two of each warp's");
+  static constexpr int kWarpSums = DecodeWarpSums(kTokenBlocks);
 
   // `counter` counts the units handed out; it must be 0 when Run() begins.
   __device__ DecodeGemm(const GroupedGemm& gemm, int32_t* counter, uint32_t weight_flip)
@@ -68,9 +66,9 @@ class DecodeGemm {
     ChooseSlices();
     __syncwarp();  // all lanes have done with the plan of the GEMM before
     if (FirstLane()) {
-      // Multiprocessors with the same work end 5 to 10% apart, which we put down to the ports of the
-      // crossbar that they share. Units are not handed out where a group has two at most, nor where
-      // a unit is a single batch: the loads are too far ahead then.
+      // Multiprocessors with the same work end 5 to 10% apart, which we put down to the ports of
+      // the crossbar that they share. Units are not handed out where a group has two at most, nor
+      // where a unit is a single batch: the loads are too far ahead then.
       const bool hands_out = Units() > 2 * Workers() && Chunks() > (kDepth + 1) * Slices();
       Plan().units = Units();
       Plan().stride = hands_out ? 0 : Workers();
@@ -86,7 +84,8 @@ class DecodeGemm {
   // Whether units are handed out as groups come for them.
   __device__ bool HandsOut() const { return Plan().stride == 0; }
 
-  // Starts the first loads of weights, which depend on nothing that a kernel before has written.
+  // Starts the first loads: weights depend on nothing that this launch writes, so a caller does
+  // this before the barrier that Run() needs.
   __device__ __forceinline__ void Prime() { LoadBatch<0>(); }
 
   __device__ __forceinline__ void Run() {
@@ -131,8 +130,8 @@ class DecodeGemm {
     return {pass.expert, pass.first_slot, Shared::Passes()[index + 1].first_slot - pass.first_slot};
   }
 
-  // Scales that a lane loads for a chunk: of its four rows. If they are those of the whole chunk, the
-  // lanes of a quad, whose rows are the same, load one each.
+  // Scales that a lane loads for a chunk: of its four rows. If they are those of the whole chunk,
+  // the lanes of a quad, whose rows are the same, load one each.
   static constexpr int kScales = HasGroups(kKind) && !kScaleSums ? 4 : 1;
 
   // What a lane holds of a chunk: rows [block of 16][upper, lower half].
@@ -150,22 +149,23 @@ class DecodeGemm {
   __device__ bool Asks() const { return HandsOut() && Plan().slice == 0 && FirstLane(); }
   __device__ static bool FirstLane() { return threadIdx.x % 32 == 0; }
 
-  __device__ int Warp() const { return threadIdx.x / 32; }
+  __device__ static int Warp() { return threadIdx.x / 32; }
   __device__ int Slices() const { return slices_; }
   __device__ int SlicesLog2() const { return 31 - __clz(slices_); }
   __device__ int Slice() const { return Warp() & (Slices() - 1); }
   __device__ int Group() const { return Warp() >> SlicesLog2(); }
   // Groups are numbered so that a few units go to as many multiprocessors.
   __device__ int FirstUnit() const { return Group() * gridDim.x + blockIdx.x; }
-  __device__ int Workers() const { return (kWarps >> SlicesLog2()) * gridDim.x; }
+  // The groups of all multiprocessors.
+  __device__ int Workers() const { return (kDecodeWarps >> SlicesLog2()) * gridDim.x; }
   __device__ int Chunks() const { return (gemm_.k + kChunk - 1) / kChunk; }
   __device__ int ColumnUnits() const { return (gemm_.columns + kColumns - 1) / kColumns; }
   __device__ int Units() const { return Shared::NumPasses() * ColumnUnits(); }
-  __device__ int Quad() const { return threadIdx.x % 4; }
-  __device__ int Row() const { return threadIdx.x % 32 / 4; }
+  __device__ static int Quad() { return threadIdx.x % 4; }
+  __device__ static int Row() { return threadIdx.x % 32 / 4; }
 
-  // As many slices as leave a warp 8 chunks of a unit or more; more where units are few. (Qwen3-30B,
-  // 8 tokens, 16-bit weights: 4, 8 and 16 chunks a warp take 139, 124 and 134 us.)
+  // As many slices as leave a warp 8 chunks of a unit or more; more where units are few.
+  // (Qwen3-30B, 8 tokens, 16-bit weights: 4, 8 and 16 chunks a warp take 139, 124 and 134 us.)
   __device__ void ChooseSlices() {
     slices_ = 1;
     while (slices_ < 16 && 16 * slices_ <= Chunks()) slices_ *= 2;
@@ -215,7 +215,7 @@ class DecodeGemm {
   template <int kFirst>
   __device__ __forceinline__ void LoadBatch() {
     if constexpr (kFirst < kDepth) {
-      Load(ring_[kFirst]);
+      Load(batch_[kFirst]);
       LoadBatch<kFirst + 1>();
     } else {
       EndLoads();
@@ -227,8 +227,8 @@ class DecodeGemm {
   template <int kFirst>
   __device__ __forceinline__ void MultiplyBatch(int k, float (&acc)[2][kTokenBlocks][4]) {
     if constexpr (kFirst < kDepth) {
-      if (k < gemm_.k) Multiply(ring_[kFirst], k, acc);
-      Load(ring_[kFirst]);
+      if (k < gemm_.k) Multiply(batch_[kFirst], k, acc);
+      Load(batch_[kFirst]);
       MultiplyBatch<kFirst + 1>(k + Slices() * kChunk, acc);
     } else {
       EndLoads();
@@ -247,9 +247,9 @@ class DecodeGemm {
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
       uint4& v = raw.row[i / 2][i % 2];
-      // Beyond the end of k, where tokens count as 0, any finite weights will do. Those loaded before
-      // are, unless they are floats.
-      if (kKind == WeightKind::k16Bit) v = make_uint4(0, 0, 0, 0);
+      // Beyond the end of k, where tokens count as 0, any finite weights will do. Those loaded
+      // before are, unless they are floats.
+      if constexpr (kKind == WeightKind::k16Bit) v = make_uint4(0, 0, 0, 0);
       LoadOnce(vectors[i], inside, v);
     }
     if constexpr (kScaleSums) {
@@ -289,6 +289,7 @@ class DecodeGemm {
     }
   }
 
+  // Tokens are read by ordinary loads, not by __ldg: those of GEMM 2 were written in this launch.
   __device__ __forceinline__ void BeginTokens(const Pass& pass) {
 #pragma unroll
     for (int t = 0; t < kTokenBlocks; ++t) {
@@ -322,7 +323,7 @@ class DecodeGemm {
   // Adds the slices' sums and stores the unit's outputs. One barrier of the group: the next unit's
   // sums go to the other buffer, and those of the one after it come behind the next barrier.
   __device__ __forceinline__ void Finish(const float (&acc)[2][kTokenBlocks][4]) {
-    float* sums = Shared::Sums() + Plan().buffer * kWarps * kWarpSums;
+    float* sums = Shared::Sums() + Plan().buffer * kDecodeWarps * kWarpSums;
     float* own = sums + Warp() * kWarpSums + Row();
 #pragma unroll
     for (int block = 0; block < 2; ++block) {
@@ -391,7 +392,7 @@ class DecodeGemm {
   // A sum with its channel's scale and bias.
   __device__ static float Channel(const GroupedGemm& gemm, int64_t row, float sum) {
     sum *= kUnscale<Element, kKind>;
-    if (kKind == WeightKind::k8Bit) {
+    if constexpr (kKind == WeightKind::k8Bit) {
       sum *= LoadAsFloat(gemm.weight_scales, row, gemm.weight_scale_dtype);
     }
     if (gemm.bias != nullptr) sum += LoadAsFloat(gemm.bias, row, gemm.bias_dtype);
@@ -402,7 +403,7 @@ class DecodeGemm {
   int32_t* counter_;
   uint32_t weight_flip_;
   int slices_;  // a power of two
-  Raw ring_[kDepth] = {};
+  Raw batch_[kDepth] = {};
   // Where the loads are.
   int load_k_;
   // A vector is 16 bytes of weights.

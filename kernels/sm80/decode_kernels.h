@@ -5,27 +5,34 @@
 #ifndef KERNELS_SM80_DECODE_KERNELS_H_
 #define KERNELS_SM80_DECODE_KERNELS_H_
 
+#include "kernels/common/weight_kind.h"
 #include "moe/problem.h"
 
 namespace moe::sm80 {
 
 inline constexpr int kDecodeThreads = 512;
+inline constexpr int kDecodeWarps = kDecodeThreads / 32;
 inline constexpr int kDecodeMaxSlots = 2048;
 
 // Tokens that a pass over an expert's weights serves, in blocks of 8: an expert with more is
 // passed over again. One kernel each.
 inline constexpr int kDecodeTokenBlocks[] = {1, 2};
-inline constexpr int kNumDecodeKernels = 2;
+inline constexpr int kNumDecodeKernels = sizeof(kDecodeTokenBlocks) / sizeof(kDecodeTokenBlocks[0]);
 
-// The sums of a block's warps, twice: [2 blocks of 16 rows][tokens][16 rows and 4 to spread them
-// over the banks] of float32.
+// What a warp multiplies at a time: so many weight rows, and of each 64 bytes, so many of k.
+inline constexpr int kDecodeRows = 32;
+constexpr int DecodeChunk(WeightKind kind) { return 512 / WeightBits(kind); }
+
+// The sums of a warp: [2 blocks of 16 rows][tokens][16 rows and 4 to spread them over the banks]
+// of float32; of a block's warps, twice.
 inline constexpr int kDecodePitch = 20;
+constexpr int DecodeWarpSums(int token_blocks) { return 2 * 8 * token_blocks * kDecodePitch; }
 constexpr int DecodeSumBytes(int token_blocks) {
-  return 2 * (kDecodeThreads / 32) * 2 * 8 * token_blocks * kDecodePitch * 4;
+  return 2 * kDecodeWarps * DecodeWarpSums(token_blocks) * 4;
 }
 
-// What a warp needs once a unit (decode_gemm.cuh), in shared memory: registers are for what it needs
-// once a chunk.
+// What a warp needs once a unit (a unit of work: see decode_gemm.cuh), in shared memory: registers
+// are for what it needs once a chunk.
 struct DecodePlan {
   int units;          // of the GEMM
   int stride;         // from a unit of the warp's group to its next one; 0: they are handed out
@@ -37,15 +44,19 @@ struct DecodePlan {
   int handed_out[2];  // of a group's first warp: the unit after the next one
 };
 
-// Of a block, in bytes: the sums, the lists of decode_route.cuh and their length, and the plans. The
-// table of experts, which only routing uses, lies where the sums come later.
+// Of a block, in bytes: the sums; the lists of decode_route.cuh, of passes (one a slot at most, an
+// end mark and a spare entry) and of slots; the number of passes; the plans. The table of experts,
+// which only routing uses, lies where the sums come later.
 constexpr int DecodeSharedMemory(int token_blocks) {
   return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2 + 4 +
-         kDecodeThreads / 32 * static_cast<int>(sizeof(DecodePlan));
+         kDecodeWarps * static_cast<int>(sizeof(DecodePlan));
 }
+// More than the kernels have that is not dynamic.
+inline constexpr int kDecodeStaticSharedMemory = 1024;
 static_assert(kMaxLocalExperts * 4 <= DecodeSumBytes(1), "the experts' table is within the sums");
-// The kernels have some more that is not dynamic, and the driver takes 1 KiB.
-static_assert(DecodeSharedMemory(kDecodeTokenBlocks[kNumDecodeKernels - 1]) + 1024 <= 99 * 1024,
+static_assert(DecodeSharedMemory(kDecodeTokenBlocks[kNumDecodeKernels - 1]) +
+                      kDecodeStaticSharedMemory <=
+                  99 * 1024,
               "sm_86, sm_89 and sm_120 give a block 99 KiB");
 
 }  // namespace moe::sm80

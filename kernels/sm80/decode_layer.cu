@@ -18,20 +18,21 @@
 
 #include <cooperative_groups.h>
 
-#include "kernels/common/numeric.cuh"
 #include "kernels/sm80/decode.h"
 #include "kernels/sm80/decode_gemm.cuh"
 #include "kernels/sm80/decode_route.cuh"
 #include "kernels/sm80/shared_memory.h"
+#include "moe/numeric.cuh"
 #include "moe/problem.h"
 
 namespace moe::sm80 {
 namespace {
 
-// Eight columns of a token a thread.
-constexpr int kRowsInFlight = 8;  // independent loads of a thread
+// As moe/finalize.cu does: in float32, in the order of a token's choices, rounded once. A thread
+// takes eight columns of a token.
 template <typename Pair>
 __device__ void Finalize(const DecodeLayer& layer) {
+  constexpr int kRowsInFlight = 8;  // independent loads of a thread
   const GroupedGemm& gemm = layer.gemm[1];
   const int vectors = gemm.columns / 8;
   const int top_k = layer.gemm[0].top_k;
@@ -47,7 +48,7 @@ __device__ void Finalize(const DecodeLayer& layer) {
 #pragma unroll
       for (int j = 0; j < kRowsInFlight; ++j) {
         const int slot = token * top_k + j0 + j;
-        present[j] = j0 + j < top_k && LocalExpert(layer, slot) >= 0;
+        present[j] = j0 + j < top_k && ExpertOf(layer, slot) >= 0;
         // Written by other multiprocessors: from L2.
         if (present[j]) {
           loaded[j] = __ldcg(static_cast<const uint4*>(gemm.out) +
@@ -73,7 +74,7 @@ __device__ void Finalize(const DecodeLayer& layer) {
   }
 }
 
-// kScaleSums: scales of groups multiply sums (decode_multiply.cuh), for which a chunk must be a group.
+// kScaleSums: scales of groups multiply sums (decode_multiply.cuh); a chunk is a group then.
 template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeLayerKernel(const __grid_constant__ DecodeLayer layer, const uint32_t weight_flip) {

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A warp's product of a chunk of weights and the tokens of its unit, in the few-token layer
-// (decode_gemm.cuh). `rows` is what a lane holds of the weights, [block of 16 rows][upper, lower
-// half]; tokens[t] points to its values, of token lane / 4 of a block of 8, in the same order.
+// A warp's product of a chunk of weights (DecodeChunk of k) and the tokens of its unit, in the
+// few-token layer (decode_gemm.cuh). `rows` is what a lane holds of the weights, [block of 16
+// rows][upper, lower half]; tokens[t] points to its values, of token lane / 4 of a block of 8, in
+// the same order.
 
 #ifndef KERNELS_SM80_DECODE_MULTIPLY_CUH_
 #define KERNELS_SM80_DECODE_MULTIPLY_CUH_
@@ -10,15 +11,12 @@
 #include <cstdint>
 
 #include "kernels/common/dequantize.cuh"
-#include "kernels/common/numeric.cuh"
 #include "kernels/common/weight_kind.h"
 #include "kernels/sm80/decode_weights.cuh"
 #include "kernels/sm80/mma.cuh"
+#include "moe/numeric.cuh"
 
 namespace moe::sm80 {
-
-// Of k: 64 bytes of a row.
-constexpr int DecodeChunk(WeightKind kind) { return 512 / WeightBits(kind); }
 
 // acc += weights * tokens, for 16 rows of weights, a[upper, lower half][pair], and 8 of k a lane.
 template <typename Element, int kTokenBlocks>
@@ -89,13 +87,13 @@ __device__ __forceinline__ void MultiplyScaleWeights(const uint4 (&rows)[2][2],
 
 // The same for INT4 where a chunk is one group: the scale multiplies the chunk's sums, in float32,
 // instead of its weights: 8 multiplications a block of tokens for 64, and products that are exact.
-// `scale_bits` is the scale of one of the lane's four rows, of the one that is its place in the quad.
+// `scale_bits` is the scale of one of the lane's four rows: the one that is its place in the quad.
 //
-// Where weights come with an excess, so do the sums: the excess times the sum of the token's values,
-// which one more mma for 32 of k adds up. Values are then up to 143 / 8 times as large as without
-// it, and do not cancel: float32 sums are off by 2^-19 of the result for activations around 0, by
-// 2^-15 for positive ones, in the root mean square. bf16 rounds to 2^-9. (An infinite activation
-// gives NaN, which it does anyway where a weight is 0.)
+// Where weights come with an excess, so do the sums: the excess times the sum of the token's
+// values, which one more mma for 32 of k adds up. Values are then up to 143 / 8 times as large as
+// without it, and do not cancel: float32 sums are off by 2^-19 of the result for activations around
+// 0, by 2^-15 for positive ones, in the root mean square. bf16 rounds to 2^-9. (An infinite
+// activation gives NaN, which it does anyway where a weight is 0.)
 template <typename Element, int kTokenBlocks>
 __device__ __forceinline__ void MultiplyScaleSums(const uint4 (&rows)[2][2],
                                                   const uint4* const (&tokens)[kTokenBlocks],
@@ -111,8 +109,8 @@ __device__ __forceinline__ void MultiplyScaleSums(const uint4 (&rows)[2][2],
     for (int t = 0; t < kTokenBlocks; ++t) {
       const uint4 v = tokens[t][step];
       if constexpr (kExcess) {
-        // Tokens in the place of weights: 32 of k in one mma, from the registers they are loaded to.
-        // The upper and the lower 8 rows of the product get two halves of k.
+        // Tokens in the place of weights: 32 of k in one mma, from the registers they are loaded
+        // to. The upper and the lower 8 rows of the product get two halves of k.
         constexpr uint32_t kMinus = 0xc308c308u;
         static_assert(kInt4Excess<Element> == 136, "kMinus is -136, twice");
         float(&c)[4] = excess[t];

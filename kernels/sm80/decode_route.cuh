@@ -10,6 +10,7 @@
 #include <cstdint>
 
 #include "kernels/sm80/decode.h"
+#include "moe/local_expert.cuh"
 
 namespace moe::sm80 {
 
@@ -20,11 +21,12 @@ template <int kTokenBlocks>
 struct DecodeShared {
   // Sums of all warps, twice.
   __device__ static float* Sums() { return reinterpret_cast<float*>(decode_shared); }
-  // The passes: each is for the slots from its first to the next one's. One entry more marks the end.
+  // The passes: each has the slots from its first to the next one's; one entry more marks the end.
   struct Pass {
     uint16_t expert;
     uint16_t first_slot;  // in Slots()
   };
+  static_assert(sizeof(Pass) == 4, "as DecodeSharedMemory counts them");
   __device__ static Pass* Passes() {
     return reinterpret_cast<Pass*>(decode_shared + DecodeSumBytes(kTokenBlocks));
   }
@@ -35,19 +37,16 @@ struct DecodeShared {
   // [warps], at the end.
   __device__ static DecodePlan* Plans() {
     return reinterpret_cast<DecodePlan*>(decode_shared + DecodeSharedMemory(kTokenBlocks)) -
-           kDecodeThreads / 32;
+           kDecodeWarps;
   }
   __device__ static int& NumPasses() { return reinterpret_cast<int*>(Plans())[-1]; }
-  // [experts], while routing, in the place of the sums: first slot and, in the lower half, number of
-  // slots.
+  // [experts], while routing, in the place of the sums: first slot and, in the lower half, number
+  // of slots.
   __device__ static uint32_t* Experts() { return reinterpret_cast<uint32_t*>(decode_shared); }
 };
 
-__device__ inline int32_t LocalExpert(const DecodeLayer& layer, int slot) {
-  // Unsigned, since an id may be any int32.
-  const uint32_t expert =
-      static_cast<uint32_t>(layer.experts[slot]) - static_cast<uint32_t>(layer.first_expert);
-  return expert < static_cast<uint32_t>(layer.num_experts) ? static_cast<int32_t>(expert) : -1;
+__device__ inline int32_t ExpertOf(const DecodeLayer& layer, int slot) {
+  return LocalExpert(layer.experts[slot], layer.first_expert, layer.num_experts);
 }
 
 // By the whole block. Leaves the lists, and the number of passes, in shared memory.
@@ -55,9 +54,8 @@ template <int kTokenBlocks>
 __device__ void Route(const DecodeLayer& layer) {
   using Shared = DecodeShared<kTokenBlocks>;
   constexpr uint32_t kPassSlots = 8 * kTokenBlocks;
-  constexpr int kWarps = kDecodeThreads / 32;
   constexpr int kSlotsPerThread = kDecodeMaxSlots / kDecodeThreads;
-  __shared__ uint32_t warp_sums[kWarps];
+  __shared__ uint32_t warp_sums[kDecodeWarps];
   const int num_slots = layer.num_tokens * layer.gemm[0].top_k;
 
   for (int e = threadIdx.x; e < layer.num_experts; e += kDecodeThreads) Shared::Experts()[e] = 0;
@@ -65,9 +63,10 @@ __device__ void Route(const DecodeLayer& layer) {
 #pragma unroll
   for (int i = 0; i < kSlotsPerThread; ++i) {
     const int slot = threadIdx.x + i * kDecodeThreads;
-    expert[i] = slot < num_slots ? LocalExpert(layer, slot) : -1;
+    expert[i] = slot < num_slots ? ExpertOf(layer, slot) : -1;
   }
   __syncthreads();
+  // Counts an expert's slots; each gets its place among them, in any order.
   uint32_t place[kSlotsPerThread];
 #pragma unroll
   for (int i = 0; i < kSlotsPerThread; ++i) {
@@ -95,7 +94,7 @@ __device__ void Route(const DecodeLayer& layer) {
     __syncthreads();
     uint32_t before = carry + sum - own;
 #pragma unroll 4
-    for (int w = 0; w < kWarps; ++w) {
+    for (int w = 0; w < kDecodeWarps; ++w) {
       if (w < warp) before += warp_sums[w];
       carry += warp_sums[w];
     }
@@ -113,6 +112,7 @@ __device__ void Route(const DecodeLayer& layer) {
     Shared::Passes()[num_passes] = {0, static_cast<uint16_t>(carry >> 16)};
     Shared::NumPasses() = num_passes;
   }
+  // Slots by expert.
 #pragma unroll
   for (int i = 0; i < kSlotsPerThread; ++i) {
     if (expert[i] < 0) continue;

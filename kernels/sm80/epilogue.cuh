@@ -10,9 +10,9 @@
 
 #include "kernels/common/activation.cuh"
 #include "kernels/common/dequantize.cuh"
-#include "kernels/common/numeric.cuh"
 #include "kernels/sm80/scheduler.cuh"
 #include "kernels/sm80/traits.cuh"
+#include "moe/numeric.cuh"
 
 namespace moe::sm80 {
 
@@ -86,6 +86,7 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item,
       if (column >= gemm.columns) continue;
       const int64_t expert_row = static_cast<int64_t>(item.expert) * Columns::kHalves;
       const Channels<T> up(gemm, expert_row * gemm.columns + column);
+      // Without a gate the same again, and not used.
       const Channels<T> gate(gemm, (expert_row + Columns::kHalves - 1) * gemm.columns + column);
 #pragma unroll
       for (int i = 0; i < Consumer::kThreadRows; ++i) {

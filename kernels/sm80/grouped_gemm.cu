@@ -22,10 +22,10 @@
 //
 // The loop is flat over (tile, part of k) steps. A step multiplies one stage and, between its
 // mmas, starts the copies for the step kStages - 1 ahead, whichever tile that belongs to, into the
-// stage that was multiplied before. Weights that are not stored in 16 bits are unpacked in registers
-// in tiles of few rows; in others they are widened between the mmas, too, one step ahead. A step's
-// last mmas run while the warps meet at the barrier that publishes the next stage and while the
-// first fragments of that one are loaded.
+// stage that was multiplied before. Weights that are not stored in 16 bits are unpacked in
+// registers in tiles of few rows; in others they are widened between the mmas, too, one step ahead.
+// A step's last mmas run while the warps meet at the barrier that publishes the next stage and
+// while the first fragments of that one are loaded.
 //
 // What bounds it. Few rows an expert: DRAM; an SM must keep 32 KiB or more in flight, which
 // (kStages - 1) stages of the resident blocks do. Many rows: the issue rate of mma.sync; a
@@ -55,7 +55,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   using Consumer = std::conditional_t<T::kUnpacks, UnpackingMainloop<T>, Mainloop<T>>;
   Consumer mainloop(shared, weight_flip);
 
-  // Scales of the steps under way: all of the first ones, then of the last.
+  // Scales wait here for a step before they are stored to their stage: of each step that begins
+  // before the loop, then of the one that began last. (What a kind of weights does not need, scales
+  // or widening, the loader's functions leave out.)
   typename Loader<T>::ScaleBits scales[T::kStages - 1];
 #pragma unroll(T::kUnpacks ? T::kStages : 1)
   for (int s = 0; s < T::kStages - 2; ++s) {
@@ -70,8 +72,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   loader.LoadScales(scales[T::kStages - 2]);
 #pragma unroll
   for (int s = 0; s < T::kStages - 2; ++s) loader.StoreScales(scales[s], s * T::kStageBytes);
-  // Waits for the thread's own copies of the next step, which it then widens.
-  auto arrive = [] { cute::cp_async_wait<T::kStages - 3>(); };
+  // The thread's own copies of the next step: what it widens.
+  auto wait_for_own_copies = [] { cute::cp_async_wait<T::kStages - 3>(); };
   // Warps with different numbers of active row blocks come to this barrier from different code. It
   // counts arrivals at barrier 0 whatever instruction they come from (PTX, bar.sync).
   auto publish = [] {
@@ -80,7 +82,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   };
   // Operand B of a step: part of its stage, or one of the buffers that weights are widened into.
   auto place = [](int stage, int wide) {
-    return StagePlace{stage, T::kWidens ? T::kWideB + wide * T::kBytesB : stage + T::kBytesA};
+    return StagePlace{stage, T::kWidens ? T::kWidePlace + wide * T::kBytesB : stage + T::kBytesA};
   };
   if constexpr (T::kWidens) {
     cute::cp_async_wait<T::kStages - 2>();
@@ -102,15 +104,15 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       const int previous = stage == 0 ? kLastStage : stage - T::kStageBytes;
       mainloop.Run(
           place(stage, wide), place(next, wide ^ 1), active, acc,
-          [&](auto step) {
-            constexpr int kPart = decltype(step)::value;
-            constexpr int kParts = Consumer::kSteps - 1;
+          [&](auto part) {
+            constexpr int kPart = decltype(part)::value;
+            constexpr int kParts = Consumer::kParts - 1;
             if constexpr (kPart == 0) {
-              // Those that were loaded last are of the step whose copies began before these.
+              // Those of the step whose copies began last, before the ones that Issue() begins.
               const int last = previous == 0 ? kLastStage : previous - T::kStageBytes;
               loader.StoreScales(scales[T::kStages - 2], last);
             }
-            if constexpr (T::kWidens && kPart == 0) arrive();
+            if constexpr (T::kWidens && kPart == 0) wait_for_own_copies();
             loader.template Widen<kPart, kParts>(next, wide ^ 1);
             loader.template Issue<kPart, kParts>(previous);
             if constexpr (kPart == kParts - 1) cute::cp_async_fence();
@@ -146,12 +148,12 @@ cudaError_t Launch(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
   return cudaGetLastError();
 }
 
-template <int kTileIndex, DType kDType, WeightKind kKind, bool kScalesSums>
+template <int kTileIndex, DType kDType, WeightKind kKind, bool kScaleSums>
 cudaError_t LaunchWith(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
   using Element = ElementOf<kDType>;
   return IsGated(gemm.activation)
-             ? Launch<Traits<kTileIndex, Element, kKind, true, kScalesSums>>(gemm, blocks, stream)
-             : Launch<Traits<kTileIndex, Element, kKind, false, kScalesSums>>(gemm, blocks, stream);
+             ? Launch<Traits<kTileIndex, Element, kKind, true, kScaleSums>>(gemm, blocks, stream)
+             : Launch<Traits<kTileIndex, Element, kKind, false, kScaleSums>>(gemm, blocks, stream);
 }
 
 }  // namespace

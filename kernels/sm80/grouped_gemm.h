@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The launchers of the sm80 kernels, one for each (tile, element, weight format). Each is defined
+// The launchers of the sm80 kernels, one for each (tile, dtype, kind of weights). Each is defined
 // in an object file of its own, so that kernels compile in parallel and are cached apart.
 
 #ifndef KERNELS_SM80_GROUPED_GEMM_H_

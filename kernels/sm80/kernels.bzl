@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""The instances of the sm80 grouped GEMM."""
+"""The instances of the sm80 kernels."""
 
 load("@rules_cc//cc:defs.bzl", "cc_library")
 load("//tools/cuda:defs.bzl", "cuda_library")
@@ -17,12 +17,12 @@ _WEIGHTS = {
     "w8": "k8Bit",
 }
 
-def _instances(name, tags, **kwargs):
+def _instances(name, defines, **kwargs):
     """Compiles a source once for each dtype and kind of weights.
 
     Args:
       name: of the instances, which are NAME_DTYPE_WEIGHTS.
-      tags: further preprocessor definitions.
+      defines: further preprocessor definitions.
       **kwargs: of cuda_library.
 
     Returns:
@@ -35,7 +35,7 @@ def _instances(name, tags, **kwargs):
             cuda_library(
                 name = instance,
                 backend = "sm80",
-                local_defines = tags + [
+                local_defines = defines + [
                     "MOE_DTYPE=" + dtype_name,
                     "MOE_WEIGHTS=" + weights_name,
                 ],

@@ -14,9 +14,9 @@
 // weights. (Widening in registers, in the order of bytes: 1.83 us a step of a 128x256 tile against
 // 1.31 with 16-bit weights.)
 //
-// Where each warp has its columns alone, unpacking_mainloop.cuh takes the weights as they are stored.
-// A thread then brings the scales of one weight row: they are loaded with the step's copies, and
-// stored to its stage a step later.
+// Where each warp has its columns alone, unpacking_mainloop.cuh takes the weights as they are
+// stored. A thread then brings the scales of one weight row: they are loaded with the step's
+// copies, and stored to its stage a step later.
 //
 // What is loaded where nothing is to be loaded: beyond the end of k both operands are filled
 // with zeros (0 * 0 adds nothing, nor does 0 * whatever a weight of zeros stands for); rows and
@@ -29,9 +29,9 @@
 #include <cstdint>
 
 #include "kernels/common/dequantize.cuh"
-#include "kernels/common/numeric.cuh"
 #include "kernels/sm80/scheduler.cuh"
 #include "kernels/sm80/traits.cuh"
+#include "moe/numeric.cuh"
 
 namespace moe::sm80 {
 
@@ -65,9 +65,9 @@ class Loader {
                               : shared_a_ + T::kBytesA;
     if constexpr (T::kWidens) {
       stored_ = shared + T::kBytesA + threadIdx.x * 16;
-      wide_ = shared + T::kWideB + RowB() * T::kRowBytes;
+      wide_ = shared + T::kWidePlace + RowB() * T::kRowBytes;
     }
-    if constexpr (kGroups && T::kUnpacks) scales_ = shared + T::kScales;
+    if constexpr (kGroups && T::kUnpacks) scales_ = shared + T::kScalesPlace;
     BeginTile();
   }
 
@@ -91,8 +91,8 @@ class Loader {
 #pragma unroll
     for (int i = kPart; i < T::kLoadsB; i += kParts) {
       const uint32_t row = RowOffset(i);
-      // Rows have an even number of bytes, whatever their format.
-      const char* from = WideOffset(rows_, k / 2, row * (WeightBits(T::kKind) / 4));
+      // A row has k * bits / 8 bytes, here as a product of whole numbers.
+      const char* from = WideOffset(b_, k / 2, row * (WeightBits(T::kKind) / 4));
       CopyAsync16(to_b + i * kStep, from, copies_ & BitB(i), fill_b);
     }
   }
@@ -100,7 +100,7 @@ class Loader {
   // Moves on to the next step: the next part of k, or the next tile.
   __device__ void Advance() {
     a_ += T::kRowBytes;
-    rows_ += T::kStep * WeightBits(T::kKind) / 8;
+    b_ += T::kStep * WeightBits(T::kKind) / 8;
     k_left_ -= T::kStep;
     if (k_left_ <= 0) {
       work_ += gridDim.x;
@@ -167,7 +167,7 @@ class Loader {
   }
 
   // Scales of unpacked weights: of a row's step, or of each 32 weights in it.
-  static constexpr int kStepScales = T::kScalesSums ? 1 : T::kStep / 32;
+  static constexpr int kStepScales = T::kScaleSums ? 1 : T::kStep / 32;
   using ScaleBits = uint32_t[kStepScales];
 
   // Loads the scales of the step that is being copied. Where there is nothing to copy some other
@@ -192,8 +192,8 @@ class Loader {
     }
   }
 
-  // Stores them to the stage at byte offset `stage`, as factors of the row's sum over the step or of
-  // pairs of its weights. They lie as a lane wants them: rows 8 apart beside each other.
+  // Stores them to the stage at byte offset `stage`, as factors of the row's sum over the step or
+  // of pairs of its weights. They lie as a lane wants them: rows 8 apart beside each other.
   __device__ void StoreScales(const ScaleBits& bits, int stage) const {
     if constexpr (kGroups && T::kUnpacks) {
       static_assert(T::kThreads >= T::kTile.n, "a row each");
@@ -206,7 +206,7 @@ class Loader {
 #pragma unroll
       for (int i = 0; i < kStepScales; ++i) {
         to[i * T::kTile.n] =
-            T::kScalesSums ? __float_as_uint(ToFloat2(AsPair<Element>(factor[i])).x) : factor[i];
+            T::kScaleSums ? __float_as_uint(ToFloat2(AsPair<Element>(factor[i])).x) : factor[i];
       }
     }
   }
@@ -238,9 +238,9 @@ class Loader {
     return static_cast<const char*>(gemm_.a) + ((gemm_.k - k_left_) * 2 + ChunkA() * 16);
   }
 
-  // The weight row of the thread's i-th load, from its first. Gate rows follow the up rows. The gate
-  // bit of a row's place in the tile is either in the thread's own part of it, as in BeginTile(), or
-  // in the compile-time part, as here.
+  // The weight row of the thread's i-th load, from its first. Gate rows follow the up rows. The
+  // gate bit of a row's place in the tile is either in the thread's own part of it, as in
+  // BeginTile(), or in the compile-time part, as here.
   __device__ uint32_t RowOffset(int i) const {
     const int n = i * T::kRowStepB;
     return Columns::Column(n) + (Columns::IsGate(n) ? gemm_.columns : 0);
@@ -275,7 +275,7 @@ class Loader {
     const int64_t expert_rows = static_cast<int64_t>(gemm_.columns) * Columns::kHalves;
     const int64_t row =
         item.expert * expert_rows + column + (Columns::IsGate(RowB()) ? gemm_.columns : 0);
-    rows_ = static_cast<const char*>(gemm_.weights) + row * row_bytes + ChunkB() * 16;
+    b_ = static_cast<const char*>(gemm_.weights) + row * row_bytes + ChunkB() * 16;
     if constexpr (kGroups && T::kWidens) first_row_ = static_cast<uint32_t>(row);
     if constexpr (kGroups && T::kUnpacks) {
       const int n = min(static_cast<int>(threadIdx.x), T::kTile.n - 1);
@@ -296,7 +296,7 @@ class Loader {
   uint32_t copies_;          // which of the thread's copies the tile has
   const char* a_ = nullptr;  // of the input, at the thread's chunk of the step
   uint32_t twice_row_a_[T::kLoadsA];  // rows of the input; a row has 2 * k bytes
-  const char* rows_ = nullptr;        // the thread's first weight row, at its chunk of the step
+  const char* b_ = nullptr;           // the thread's first weight row, at its chunk of the step
   // Weights that are widened:
   const char* stored_;  // the thread's first chunk in the first stage
   char* wide_;          // the thread's first row in the first of the two buffers

@@ -32,7 +32,7 @@ class Mainloop {
 
  public:
   using Accumulators = float[kMmaM][kMmaN][4];
-  static constexpr int kSteps = T::kStep / 16;  // of a stage
+  static constexpr int kParts = T::kStep / 16;  // of a step: the k of one mma each
 
   __device__ Mainloop(const char* shared, uint32_t) : shared_(shared) {
     const int lane = threadIdx.x % 32;
@@ -49,7 +49,7 @@ class Mainloop {
 
   // How many 16-row blocks of the warp hold any of a tile's rows.
   __device__ static int Active(int rows) {
-    if (kMmaM == 1 && T::kTile.warps_m == 1) return 1;
+    if constexpr (kMmaM == 1 && T::kTile.warps_m == 1) return 1;
     return max(0, (rows - GetWarpPlace<T>().m * 16 + kRowBlockStep - 1) / kRowBlockStep);
   }
 
@@ -75,9 +75,9 @@ class Mainloop {
   __device__ void Prime(StagePlace first) { Load<kMmaM>(first, 0, fragments_[0]); }
 
   // Multiplies the stage at `stage`. `active` is how many of the warp's 16-row blocks hold rows.
-  // Fragments are loaded one k16 step ahead, across stages too:
-  //   issue(step)  is called for every step but the last, to do other work between the mmas;
-  //   publish()    before the last step's mmas: must return once the stage at `next` is there.
+  // Fragments are loaded one part ahead, across stages too:
+  //   issue(part)  is called for every part but the last, to do other work between the mmas;
+  //   publish()    before the last part's mmas: must return once the stage at `next` is there.
   // All reads of `stage` are then behind the barrier in publish(), which is what frees it.
   //
   // Partly filled tiles skip the empty 16-row blocks, by straight code for each number of them: a
@@ -88,42 +88,42 @@ class Mainloop {
     if constexpr (kActive > 0) {
       if (active < kActive) return Run<kActive - 1>(stage, next, active, acc, issue, publish);
     }
-    Steps<kActive, 0>(stage, next, acc, issue, publish);
+    Parts<kActive, 0>(stage, next, acc, issue, publish);
   }
 
  private:
-  // Of one k16 step of a warp.
+  // Of one part, for a warp.
   struct Fragments {
     uint32_t a[kMmaM][4];
     uint32_t b[kMmaN][2];
   };
 
-  template <int kActive, int kStep, typename Issue, typename Publish>
-  __device__ void Steps(StagePlace stage, StagePlace next, Accumulators& acc, Issue& issue,
+  template <int kActive, int kPart, typename Issue, typename Publish>
+  __device__ void Parts(StagePlace stage, StagePlace next, Accumulators& acc, Issue& issue,
                         Publish& publish) {
-    static_assert(kSteps % 2 == 0, "each stage begins with the same one of two fragments");
-    if constexpr (kStep < kSteps) {
-      Fragments& ahead = fragments_[(kStep + 1) % 2];
-      if constexpr (kStep + 1 < kSteps) {
-        if constexpr (kActive > 0) Load<kActive>(stage, kStep + 1, ahead);
-        issue(std::integral_constant<int, kStep>{});
+    static_assert(kParts % 2 == 0, "each stage begins with the same one of two fragments");
+    if constexpr (kPart < kParts) {
+      Fragments& ahead = fragments_[(kPart + 1) % 2];
+      if constexpr (kPart + 1 < kParts) {
+        if constexpr (kActive > 0) Load<kActive>(stage, kPart + 1, ahead);
+        issue(std::integral_constant<int, kPart>{});
       } else {
         publish();
         Load<kMmaM>(next, 0, ahead);  // of the next tile, perhaps: all its rows
       }
-      if constexpr (kActive > 0) Multiply<kActive>(fragments_[kStep % 2], acc);
-      Steps<kActive, kStep + 1>(stage, next, acc, issue, publish);
+      if constexpr (kActive > 0) Multiply<kActive>(fragments_[kPart % 2], acc);
+      Parts<kActive, kPart + 1>(stage, next, acc, issue, publish);
     }
   }
 
   template <int kActive>
-  __device__ void Load(StagePlace stage, int step, Fragments& f) const {
-    const char* a = shared_ + stage.a + offset_a_ + (step * 32 ^ swizzle_a_);
+  __device__ void Load(StagePlace stage, int part, Fragments& f) const {
+    const char* a = shared_ + stage.a + offset_a_ + (part * 32 ^ swizzle_a_);
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {
       Ldmatrix(a + m * kRowBlockStep * T::kRowBytes, f.a[m]);
     }
-    const char* b = shared_ + stage.b + offset_b_ + (step * 32 ^ swizzle_b_);
+    const char* b = shared_ + stage.b + offset_b_ + (part * 32 ^ swizzle_b_);
 #pragma unroll
     for (int n = 0; n < kMmaN; n += 2) {
       uint32_t r[4];

@@ -34,6 +34,7 @@ struct Scheduler {
         work_items(*gemm.num_row_tiles * column_tiles) {}
 
   __device__ WorkItem Decode(int32_t work) const {
+    // RowTile's expert, first_tile, row_begin and row_end, by one load.
     const int4 raw = reinterpret_cast<const int4*>(row_tiles)[work / column_tiles];
     const int32_t row_begin = raw.z;
     const int32_t row_end = raw.w;

@@ -10,6 +10,8 @@
 #include <type_traits>
 
 #include "kernels/sm80/tiles.h"
+#include "moe/problem.h"
+#include "moe/row_tile.h"
 
 namespace moe::sm80 {
 
@@ -62,14 +64,14 @@ struct RowMap {
   __host__ __device__ static constexpr bool IsGate(int n) { return n % kWarpN / 8 >= kVector; }
 };
 
-// Where groups are no shorter than a step, a weight row's sum over the step is scaled, once, instead
-// of its weights: kScalesSums.
-template <int kTileIndex, typename Element_, WeightKind kKind_, bool kGated_, bool kScalesSums_>
+// Where groups are no shorter than a step, a weight row's sum over the step is scaled, once,
+// instead of its weights: kScaleSums.
+template <int kTileIndex, typename Element_, WeightKind kKind_, bool kGated_, bool kScaleSums_>
 struct Traits {
   using Element = Element_;  // __half or __nv_bfloat16
   static constexpr WeightKind kKind = kKind_;
   static constexpr bool kGated = kGated_;
-  static constexpr bool kScalesSums = kScalesSums_;
+  static constexpr bool kScaleSums = kScaleSums_;
   static constexpr Tile kTile = kTiles[kTileIndex];
   static constexpr int kStep = kTile.step(kKind);         // of the reduction
   static constexpr bool kUnpacks = kTile.unpacks(kKind);  // weights, in registers
@@ -94,12 +96,14 @@ struct Traits {
   static constexpr int kChunks = kRowBytes / 16;
   static constexpr int kStoredChunks = kStep * WeightBits(kKind) / 128;  // of a weight row
   static constexpr int kBytesA = kTile.m * kRowBytes;
-  static constexpr int kBytesB = kTile.n * kRowBytes;                     // in 16 bits
-  static constexpr int kScales = kBytesA + kTile.n * kStoredChunks * 16;  // where a stage has them
+  static constexpr int kBytesB = kTile.n * kRowBytes;  // in 16 bits
   static constexpr int kStageBytes = kTile.stage_bytes(kKind);
-  static constexpr int kWideB = kStages * kStageBytes;  // byte offset of the two buffers
-  static constexpr int kSliceSums = kWideB + kTile.wide_bytes(kKind);  // behind those
   static constexpr int kSharedMemory = kTile.shared_memory(kKind);
+  // Byte offsets: of the scales in their stage; of the two buffers, behind the stages; of the sums
+  // that slices give each other, behind those.
+  static constexpr int kScalesPlace = kBytesA + kTile.n * kStoredChunks * 16;
+  static constexpr int kWidePlace = kStages * kStageBytes;
+  static constexpr int kSliceSumsPlace = kWidePlace + kTile.wide_bytes(kKind);
 
   // Loads of a stage: a thread takes one chunk of every kRowStep-th row.
   static constexpr int kRowStepA = kThreads / kChunks;
@@ -107,6 +111,8 @@ struct Traits {
   static constexpr int kLoadsA = kTile.m / kRowStepA;
   static constexpr int kLoadsB = kTile.n / kRowStepB;
 
+  static_assert(kTile.m <= (int64_t{1} << 31) - kMaxSlots, "a tile's end is counted in 32 bits");
+  static_assert(kTile.m >= kMinTileRows, "the workspace has no room for a list of lower tiles");
   static_assert(kWarpM % 16 == 0 && kWarpN % 16 == 0, "warps take whole mma pairs");
   static_assert(kStep % 64 == 0, "the swizzles below are for rows of 128 bytes or more");
   static_assert(kTile.m % kRowStepA == 0 && kTile.n % kRowStepB == 0, "loads divide evenly");
@@ -120,14 +126,14 @@ struct Traits {
 // chunk, which must fall into 8 different groups of 4 banks.
 __device__ constexpr int Swizzle(int row) { return row % 8; }
 
-// Where weights are unpacked, A is read by lanes 4g + q as 1/4 of what row g has beside a chunk of
-// stored weights: kRead bytes of a row at once. The rows that are read together, 128 bytes of them,
-// must not meet in the banks.
+// Where weights are unpacked, the four lanes 4g + q together read what row g of A has beside a
+// chunk of stored weights: kReadBytes. The rows that are read together, 128 bytes of them, must not
+// meet in the banks.
 template <typename T>
-inline constexpr int kRead = 256 / WeightBits(T::kKind);
+inline constexpr int kReadBytes = 256 / WeightBits(T::kKind);
 template <typename T>
 __device__ constexpr int SwizzleA(int row) {
-  return T::kUnpacks ? row % (128 / kRead<T>)*(kRead<T> / 16) : Swizzle(row);
+  return T::kUnpacks ? row % (128 / kReadBytes<T>)*(kReadBytes<T> / 16) : Swizzle(row);
 }
 // Rows of stored weights may be shorter than 128 bytes; then several share the banks.
 template <typename T>

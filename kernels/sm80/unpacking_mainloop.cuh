@@ -1,14 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The consumer half where weights are not stored in 16 bits and each warp has its weight rows alone:
-// they go from shared memory to registers as they are stored, and become 16-bit floats there.
+// The consumer half where weights are not stored in 16 bits and each warp has its weight rows
+// alone: they go from shared memory to registers as they are stored, and become 16-bit floats
+// there.
 //
 // Weights take the 16-row side of mma.m16n8k16, rows of A the 8 columns. Which k an mma step takes
 // does not matter as long as both operands agree. ldmatrix, told that rows of 16 stored bytes are
 // rows of 16-bit numbers, gives lane 4g + q the bytes 4q to 4q + 3 of weight row g: 4 or 8 weights
 // that follow each other, of one or two mma steps. Of row g of A the lane reads the same k, 8 or
-// 16 bytes at once, which are the registers of as many steps. (The other way round, with A's rows on
-// the 16-row side, moving those into place took an instruction for each two weights and row block.)
+// 16 bytes at once, which are the registers of as many steps. (The other way round, with A's rows
+// on the 16-row side, moving those into place took an instruction for each two weights and row
+// block.)
 //
 // Widened in shared memory instead, a weight was stored and read again at 2 bytes: with 16 rows
 // that made the banks the limit, 87% busy at half of DRAM's bandwidth.
@@ -36,7 +38,7 @@ class UnpackingMainloop {
 
  public:
   using Accumulators = float[kBlocks / 2][kRowBlocks][4];
-  static constexpr int kSteps = T::kStoredChunks / T::kSlices;  // of a stage: a chunk of each row
+  static constexpr int kParts = T::kStoredChunks / T::kSlices;  // of a step: a chunk of each row
 
   __device__ UnpackingMainloop(const char* shared, uint32_t weight_flip)
       : shared_(shared), weight_flip_(weight_flip) {
@@ -45,12 +47,12 @@ class UnpackingMainloop {
     const WarpPlace warp = GetWarpPlace<T>();
     const int warp_row = warp.n * T::kWarpN;
     // Slices take the chunks in turn; the first is the slice's number.
-    offset_a_ = row * T::kRowBytes + lane % 4 * (kRead<T> / 4) +
-                ((SwizzleA<T>(row) * 16) ^ warp.slice * kRead<T>);
+    offset_a_ = row * T::kRowBytes + lane % 4 * (kReadBytes<T> / 4) +
+                ((SwizzleA<T>(row) * 16) ^ warp.slice * kReadBytes<T>);
     // A matrix of ldmatrix: 8 weight rows at one chunk; all of the warp's rows at once.
     const int weight_row = warp_row + lane % T::kWarpN;
     offset_b_ = (weight_row * T::kStoredChunks + (SwizzleStored<T>(weight_row) ^ warp.slice)) * 16;
-    scales_ = T::kScales + (warp_row + row * kBlocks) * 4;
+    scales_ = T::kScalesPlace + (warp_row + row * kBlocks) * 4;
     if constexpr (T::kSlices > 1) slice_ = warp.slice;
   }
 
@@ -80,9 +82,9 @@ class UnpackingMainloop {
         return Run<kActive - kGranule>(stage, next, active, acc, issue, publish);
       }
     }
-    if constexpr (T::kScalesSums) {
+    if constexpr (T::kScaleSums) {
       Accumulators sums = {};
-      Steps<kActive, 0>(stage, next, sums, issue, publish);
+      Parts<kActive, 0>(stage, next, sums, issue, publish);
       // They stay in the stage for another step.
       uint32_t bits[kBlocks];
       LoadScales(stage, 0, bits);
@@ -100,7 +102,7 @@ class UnpackingMainloop {
         }
       }
     } else {
-      Steps<kActive, 0>(stage, next, acc, issue, publish);
+      Parts<kActive, 0>(stage, next, acc, issue, publish);
     }
   }
 
@@ -110,7 +112,7 @@ class UnpackingMainloop {
     if constexpr (T::kSlices == 1) return true;
     static_assert(T::kSlices <= 2, "one slice gives its sums to the other");
     constexpr int kSums = kBlocks / 2 * kRowBlocks * 4;
-    float* sums = reinterpret_cast<float*>(shared + T::kSliceSums) +
+    float* sums = reinterpret_cast<float*>(shared + T::kSliceSumsPlace) +
                   GetWarpPlace<T>().n * 32 * kSums + threadIdx.x % 32;
     auto own = [&](int i) -> float& { return acc[i / 4 / kRowBlocks][i / 4 % kRowBlocks][i % 4]; };
     if (slice_ != 0) {
@@ -125,30 +127,30 @@ class UnpackingMainloop {
   }
 
  private:
-  static constexpr int kRegisters = kRead<T> / 16;  // of a row, for a lane and a step
+  static constexpr int kRegisters = kReadBytes<T> / 16;  // of a row, for a lane and a part
   using Rows = uint32_t[kRowBlocks][kRegisters];
   using Fragments = uint32_t[kRegisters / 2][4];  // of 16 weight rows
 
-  template <int kActive, int kStep, typename Issue, typename Publish>
-  __device__ void Steps(StagePlace stage, StagePlace next, Accumulators& acc, Issue& issue,
+  template <int kActive, int kPart, typename Issue, typename Publish>
+  __device__ void Parts(StagePlace stage, StagePlace next, Accumulators& acc, Issue& issue,
                         Publish& publish) {
-    if constexpr (kStep < kSteps) {
+    if constexpr (kPart < kParts) {
       Rows rows;
-      LoadRows<kActive>(stage, kStep, rows);
+      LoadRows<kActive>(stage, kPart, rows);
       uint32_t factors[kBlocks];
-      if constexpr (HasGroups(T::kKind) && !T::kScalesSums) {
-        LoadScales(stage, kStep * T::kSlices + slice_, factors);
+      if constexpr (HasGroups(T::kKind) && !T::kScaleSums) {
+        LoadScales(stage, kPart * T::kSlices + slice_, factors);
       }
       uint32_t words[kBlocks];
 #pragma unroll
       for (int i = 0; i < kBlocks; ++i) words[i] = words_[i];
-      if constexpr (kStep + 1 < kSteps) {
-        issue(std::integral_constant<int, kStep>{});
-        LoadWeights(stage, kStep + 1);
+      if constexpr (kPart + 1 < kParts) {
+        issue(std::integral_constant<int, kPart>{});
+        LoadWeights(stage, kPart + 1);
       } else {
         publish();
         // Where sums are scaled next, that hides the load, and registers are scarce here.
-        if constexpr (!T::kScalesSums) LoadWeights(next, 0);
+        if constexpr (!T::kScaleSums) LoadWeights(next, 0);
       }
 #pragma unroll
       for (int block = 0; block < kBlocks; block += 2) {
@@ -157,8 +159,8 @@ class UnpackingMainloop {
         Unpack(words[block + 1], factors[block + 1], weights, 1);
         Multiply<kActive>(weights, rows, acc[block / 2]);
       }
-      if constexpr (kStep + 1 == kSteps && T::kScalesSums) LoadWeights(next, 0);
-      Steps<kActive, kStep + 1>(stage, next, acc, issue, publish);
+      if constexpr (kPart + 1 == kParts && T::kScaleSums) LoadWeights(next, 0);
+      Parts<kActive, kPart + 1>(stage, next, acc, issue, publish);
     }
   }
 
@@ -173,8 +175,8 @@ class UnpackingMainloop {
   }
 
   template <int kActive>
-  __device__ void LoadRows(StagePlace place, int step, Rows& rows) const {
-    const char* a = shared_ + place.a + (step * T::kSlices * kRead<T> ^ offset_a_);
+  __device__ void LoadRows(StagePlace place, int part, Rows& rows) const {
+    const char* a = shared_ + place.a + (part * T::kSlices * kReadBytes<T> ^ offset_a_);
 #pragma unroll
     for (int m = 0; m < kActive; ++m) LoadShared(a + m * 8 * T::kRowBytes, rows[m]);
   }
@@ -198,7 +200,7 @@ class UnpackingMainloop {
   // Of an mma's four registers, the first two have rows g and g + 8 at the first of the lane's k.
   __device__ void Unpack(uint32_t word, uint32_t factor, Fragments& weights, int half) const {
     uint32_t pairs[kRegisters];
-    if constexpr (T::kScalesSums) {
+    if constexpr (T::kScaleSums) {
       CenterInt4(word, typename T::Element{}, pairs);
     } else {
       Dequantizer<typename T::Element, T::kKind>::Word(
@@ -223,10 +225,10 @@ class UnpackingMainloop {
     }
   }
 
-  uint32_t words_[kBlocks];  // of the next step: of one row of each block
+  uint32_t words_[kBlocks];  // of the next part: of one row of each block
   const char* shared_;
   uint32_t weight_flip_;
-  // Byte offsets at the first step, which others exclusive-or into a position in the row: of the
+  // Byte offsets at the first part, which others exclusive-or into a position in the row: of the
   // lane's first row of A, at its part of a chunk's k, and of the row that it names to ldmatrix.
   int offset_a_;
   int offset_b_;

@@ -2,8 +2,8 @@
 //
 // Conversions between 16-bit storage and float32 arithmetic, and addresses.
 
-#ifndef KERNELS_COMMON_NUMERIC_CUH_
-#define KERNELS_COMMON_NUMERIC_CUH_
+#ifndef MOE_NUMERIC_CUH_
+#define MOE_NUMERIC_CUH_
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -36,6 +36,13 @@ __device__ inline uint32_t PackPair(float lo, float hi, DType dtype) {
   return reinterpret_cast<const uint32_t&>(pair);
 }
 
+// Two 16-bit floats in a register.
+template <typename Element>
+using PairOf = std::conditional_t<std::is_same_v<Element, __half>, __half2, __nv_bfloat162>;
+template <typename Element>
+__device__ inline const PairOf<Element>& AsPair(const uint32_t& bits) {
+  return reinterpret_cast<const PairOf<Element>&>(bits);
+}
 __device__ inline float2 ToFloat2(__half2 v) { return __half22float2(v); }
 __device__ inline float2 ToFloat2(__nv_bfloat162 v) { return __bfloat1622float2(v); }
 
@@ -78,4 +85,4 @@ __device__ inline void LoadAsFloat(const void* base, int64_t index, DType dtype,
 
 }  // namespace moe
 
-#endif  // KERNELS_COMMON_NUMERIC_CUH_
+#endif  // MOE_NUMERIC_CUH_
