@@ -164,6 +164,13 @@ BAD_FILES = {
     ),
     "bool": (changed("results", 0, "layer", "top_k", to=True), r"layer.top_k is True"),
     "unknown": (changed("results", 0, "layer", "color", to="red"), r"layer has \['color'\]"),
+    "block": (changed("results", 0, to=7), r"results\[0\] is 7; it must be an object"),
+    "entry": (
+        changed("results", 0, "tokens", "1", to="16x64x128"),
+        r"tokens\[1\] is '16x64x128'; it must be an object",
+    ),
+    "words": (changed("results", 0, "tokens", to={"many": {}}), "tokens has the key 'many'"),
+    "digits": (changed("results", 0, "tokens", to={"\u0663": {}}), r"tokens has the key '\u0663'"),
     "tokens": (
         changed("results", 0, "tokens", to={"0": {}}),
         r"results\[0\].tokens has the key '0'; it must be 1 or more",
@@ -220,6 +227,8 @@ def test_random_ids(skewed: bool) -> None:
 def test_more_choices_than_experts() -> None:
     ids = samples.random_ids(100, 6, samples.Experts(4, 0, 4), False, generator())
     assert ids.shape == (100, 6) and set(ids.flatten().tolist()) == {0, 1, 2, 3}
+    ids = samples.random_ids(100, 4, samples.Experts(4, 0, 4), True, generator())
+    assert all(set(row) == {0, 1, 2, 3} for row in ids.tolist()), "as many are distinct"
 
 
 def test_given_ids() -> None:
@@ -237,5 +246,7 @@ def test_given_ids() -> None:
     whole = samples.given_ids(ids, 100, 0, 1, experts)
     assert torch.equal(whole, ids)
     assert samples.touched(ids, experts) == 16
+    two = samples.given_ids(ids, 100, 1, 8, samples.Experts(total=32, first=8, local=2))
+    assert torch.equal(two == 8, ids.roll(-1, 0) == 9), "few experts are changed for others, too"
     one = samples.given_ids(ids[1:2], 1, 0, 8, experts)
     assert samples.touched(one, experts) <= 4

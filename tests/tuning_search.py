@@ -177,6 +177,42 @@ def test_a_tactic_that_does_not_run_is_left_out(error: type[Exception]) -> None:
         search(layer.space((3, 3)), layer)
 
 
+def test_what_fails_in_the_confirmation_is_left_out() -> None:
+    layer = Layer(dict.fromkeys(HEIGHTS, 60.0), dict.fromkeys(HEIGHTS, 30.0))
+    layer.gemm1[4] = 50
+    search(layer.space((3, 3)), layer)
+    before = layer.rounds - 2 * DEFAULTS.rounds  # two finalists
+
+    def noise(pair: Pair, number: int) -> float:
+        if number > before + 6 and pair[0] == 4:
+            layer.broken = {4}
+        return 1.0
+
+    layer.rounds, layer.noise = 0, noise
+    found = search(layer.space((3, 3)), layer)
+    assert layer.broken and found.pair == (3, 3) and (4, 3) in found.failed
+
+
+def test_a_height_that_is_a_little_slower_does_not_end_the_search() -> None:
+    layer = Layer(dict.fromkeys(HEIGHTS, 60.0), dict.fromkeys(HEIGHTS, 30.0))
+    layer.gemm1 |= {5: 78, 6: 78, 7: 50}  # 20% on the whole, and then the best
+    assert search(layer.space((3, 3)), layer).pair == (7, 3)
+
+
+def test_one_slow_round_does_not_end_a_pair() -> None:
+    layer = Layer(dict.fromkeys(HEIGHTS, 60.0), dict.fromkeys(HEIGHTS, 30.0))
+    layer.gemm1[5] = 54
+    seen: set[Pair] = set()
+
+    def noise(pair: Pair, number: int) -> float:
+        first = pair not in seen
+        seen.add(pair)
+        return 1.15 if first and pair == (5, 3) else 1.0
+
+    layer.noise = noise
+    assert search(layer.space((3, 3)), layer).pair == (5, 3)
+
+
 def test_pairs_that_only_work_together() -> None:
     layer = random_layer(2)
     layer.together = {(8, 9): 1.0, (10, 11): 2.0}
