@@ -261,6 +261,15 @@ def test_router_weight_on_input(vllm: Names) -> None:
     assert_close(method.apply(layer, x, scales, ids, None, None), ref, torch.bfloat16)
 
 
+def test_a_model_that_sums_itself(vllm: Names) -> None:
+    moe = configuration(vllm)
+    method, layer = vllm.method(moe), Layer(moe)
+    method.process_weights_after_loading(layer)
+    method.moe_kernel.fused_experts.post_gemm2_hook = print
+    with pytest.raises(NotImplementedError, match=r"post_gemm2_hook.* without FUSED_MOE_VLLM"):
+        method.apply(layer, *routed(), None, None)
+
+
 def test_new_weights_keep_their_addresses(vllm: Names) -> None:
     """Captured CUDA graphs read the old addresses when vLLM loads other weights."""
     moe = configuration(vllm, has_bias=True)

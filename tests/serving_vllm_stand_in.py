@@ -128,6 +128,8 @@ class _QuantConfig:
 
 
 class FusedMoEExpertsModular(abc.ABC):
+    post_gemm2_hook: Any = None
+
     def __init__(
         self,
         moe_config: Any,

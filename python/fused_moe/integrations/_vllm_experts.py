@@ -144,7 +144,15 @@ class FusedMoeExperts(mk.FusedMoEExpertsModular):
                 int32, -1 where another rank's), this rank's without; negative ones count
                 nothing.
             apply_router_weight_on_input: vLLM has multiplied the rows already.
+
+        Raises:
+            NotImplementedError: the model wants the k choices' outputs, to sum them itself.
         """
+        if self.post_gemm2_hook is not None:
+            raise NotImplementedError(
+                "the model adds up the outputs of its experts itself (post_gemm2_hook), which "
+                "fused_moe does inside: run it without FUSED_MOE_VLLM and fused_moe_int8"
+            )
         ids = topk_ids.to(torch.int32).contiguous()
         if expert_map is not None:
             ids = torch.where(ids < 0, -1, expert_map[ids.clamp_min(0)].to(torch.int32))
