@@ -14,6 +14,7 @@ import importlib
 import multiprocessing
 import os
 import pathlib
+import resource
 import tempfile
 import time
 import traceback
@@ -139,6 +140,8 @@ def _serve(
     # Multicast through NVLink is the host's, not the test's: others may share its switches.
     os.environ.update(NCCL_NVLS_ENABLE="0", TORCH_SYMM_MEM_DISABLE_MULTICAST="1")
     os.environ.update(environment)
+    # A rank that PyTorch's watchdog aborts must not write its gigabytes to a core file first.
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     torch.set_num_threads(1)
     for number, name in enumerate(names):
         try:
