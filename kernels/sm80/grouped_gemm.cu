@@ -20,7 +20,7 @@
 //     +--------+       | warp |      |      |
 //                      +--------------------+
 //
-// The loop is flat over (tile, part of k) steps. A step multiplies one stage and, between its
+// The loop is flat over steps, (tile, kStep of k). A step multiplies one stage and, between its
 // mmas, starts the copies for the step kStages - 1 ahead, whichever tile that belongs to, into the
 // stage that was multiplied before. Weights that are not stored in 16 bits are unpacked in
 // registers in tiles of few rows; in others they are widened between the mmas, too, one step ahead.

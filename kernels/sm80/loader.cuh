@@ -97,7 +97,7 @@ class Loader {
     }
   }
 
-  // Moves on to the next step: the next part of k, or the next tile.
+  // Moves on to the next step: further along k, or in the next tile.
   __device__ void Advance() {
     a_ += T::kRowBytes;
     b_ += T::kStep * WeightBits(T::kKind) / 8;

@@ -23,7 +23,7 @@ struct StagePlace {
 template <typename T>
 class Mainloop {
   using Columns = typename T::Columns;
-  static constexpr int kMmaM = T::kWarpM / 16;  // mma.m16n8k16 steps of a warp
+  static constexpr int kMmaM = T::kWarpM / 16;  // mma.m16n8k16 of a warp, in a part of a step
   static constexpr int kMmaN = T::kWarpN / 8;
   // The 16-row blocks of a tile go round among the warps along m, so that those of a partly filled
   // tile keep all of them busy: the rows of a warp's block m begin at this multiple of 16 rows, its
