@@ -239,7 +239,7 @@ def test_new_weights_keep_their_addresses() -> None:
     ids=str,
 )
 def test_refused(config: dict[str, Any]) -> None:
-    with pytest.raises(NotImplementedError, match=r"fused_moe does not run .* triton"):
+    with pytest.raises(NotImplementedError, match=r"fused_moe does not run .* auto"):
         Layer(**config)
 
 
@@ -247,7 +247,7 @@ def test_other_dispatchers_are_refused_at_the_start() -> None:
     flags = of("runtime_context", "get_flags")().moe
     flags.a2a_backend = of("layers.moe.utils", "MoeA2ABackend").DEEPEP
     try:
-        with pytest.raises(NotImplementedError, match=r"--moe-a2a-backend deepep; use .*triton"):
+        with pytest.raises(NotImplementedError, match=r"--moe-a2a-backend deepep; use .*auto"):
             Layer()
     finally:
         flags.a2a_backend = None
@@ -267,7 +267,7 @@ def test_experts_of_a_quantized_checkpoint(ask_for: Callable[[str], None]) -> No
 
 def test_lora_is_refused() -> None:
     layer = Layer()
-    with pytest.raises(NotImplementedError, match=r"fused_moe does not run .*LoRA; use .*triton"):
+    with pytest.raises(NotImplementedError, match=r"fused_moe does not run .*LoRA; use .*auto"):
         layer.method.get_moe_quant_info(layer, layer.method.runner.runner_backend)
 
 

@@ -124,8 +124,10 @@ def test_sglangs_sessions(name: str, sglang: None) -> None:  # noqa: F811
 
     method.process_weights_after_loading(layer)
     check()
-    # begin_weight_update, then end_weight_update: other layers' weights alone.
+    # begin_weight_update, then end_weight_update: other layers' weights alone. A health check may
+    # come between them.
     method.restore_weights_before_loading(layer)
+    check()
     method.process_weights_after_loading(layer)
     check()
     # update_weights_from_ipc ends with processing all layers and begins with nothing.

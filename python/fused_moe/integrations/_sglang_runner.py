@@ -163,7 +163,7 @@ def around_create_moe_runner(original: Any, method: Any, layer: Any, config: Any
     if (reason := refusal(config, BACKENDS[backend.value])) is not None:
         raise NotImplementedError(
             f"--moe-runner-backend {backend.value} does not run a layer with {reason}; use "
-            "--moe-runner-backend triton"
+            "--moe-runner-backend auto"
         )
     method.moe_runner_config = config
     method.fused_moe_activation = activation_of(config)
@@ -224,7 +224,7 @@ def around_quant_info(original: Any, method: Any, layer: Any, runner_backend: An
         return original(method, layer, runner_backend)
     raise NotImplementedError(
         f"--moe-runner-backend {runner_backend.value} does not run experts with LoRA; use "
-        "--moe-runner-backend triton"
+        "--moe-runner-backend auto"
     )
 
 

@@ -25,7 +25,8 @@ NO_RELOAD = (
     "weights cannot be loaded over them: restart the server, or use --moe-runner-backend fused_moe"
 )
 
-# Names of what a prepared layer has besides SGLang's: a bool, and the scales of INT8 weights.
+# What a prepared layer has besides SGLang's: whether its rows are in our order just now, and the
+# scales of INT8 weights.
 _PREPARED = "fused_moe_prepared"
 _SCALES = ("fused_moe_w13_scale", "fused_moe_w2_scale")
 
@@ -55,28 +56,28 @@ class Experts(MoeQuantInfo):
     limit: torch.Tensor | None
 
 
+def _reordered(layer: Any, rows: torch.Tensor, back: bool = False) -> torch.Tensor:
+    """One expert's rows of fc1 [2I, ...] in our order [up; gate], or `back` in SGLang's: a copy."""
+    config = layer.moe_runner_config
+    if not config.is_gated:
+        return rows
+    if config.gemm1_alpha is None or not config.gate_up_interleaved:
+        return up_gate_from_gate_up(rows.unsqueeze(0)).squeeze(0)
+    if back:
+        up, gate = rows.chunk(2)
+        return torch.stack([gate, up], dim=1).flatten(0, 1)
+    return torch.cat([rows[1::2], rows[0::2]])
+
+
 def _reorder(layer: Any, back: bool = False) -> None:
-    """Puts fc1's rows [E_l, 2I, ...], weights and biases, in our order [up; gate], or `back`.
+    """Puts fc1's weights and biases [E_l, 2I, ...] in our order, or `back`.
 
     In place, for CUDA graphs that were captured before a reload, and an expert at a time, for the
     memory that a copy takes.
     """
-    config = layer.moe_runner_config
-    if not config.is_gated:
-        return
-    alternating = config.gemm1_alpha is not None and config.gate_up_interleaved
     for name in ("w13_weight", "w13_weight_bias"):
-        rows = getattr(layer, name, None)
-        if rows is None:
-            continue
-        for expert in rows.data:
-            if not alternating:
-                expert.copy_(up_gate_from_gate_up(expert.unsqueeze(0)).squeeze(0))
-            elif back:
-                up, gate = expert.chunk(2)
-                expert.copy_(torch.stack([gate, up], dim=1).flatten(0, 1))
-            else:
-                expert.copy_(torch.cat([expert[1::2], expert[0::2]]))
+        for rows in getattr(layer, name, torch.empty(0)).data:
+            rows.copy_(_reordered(layer, rows, back))
 
 
 def prepare(layer: Any, int8: bool) -> None:
@@ -120,15 +121,19 @@ def experts_of(layer: Any, activation: tuple[ActivationType, Any, Any, Any]) -> 
     Raises:
         RuntimeError: the layer was not prepared.
     """
-    if not getattr(layer, _PREPARED, False):
+    ready = getattr(layer, _PREPARED, None)
+    if ready is None:
         raise RuntimeError(
             "the experts were loaded in a way that fused_moe does not know, without "
-            "process_weights_after_loading at its end: leave --weight-cache-mode off, and end "
-            "updates of weights with end_weight_update"
+            "process_weights_after_loading at its end: leave --weight-cache-mode off"
         )
     kind, *parameters = activation
     w13, w2 = layer.w13_weight.data, layer.w2_weight.data
     b13, b2 = getattr(layer, "w13_weight_bias", None), getattr(layer, "w2_weight_bias", None)
+    if not ready:
+        # A request (of a health check, say) in the midst of an update of weights.
+        w13 = torch.stack([_reordered(layer, rows) for rows in w13])
+        b13 = None if b13 is None else torch.stack([_reordered(layer, rows) for rows in b13])
     alpha, beta, limit = (for_each_expert(value, w2.shape[0], w2.device) for value in parameters)
     return Experts(
         w13=w13,
