@@ -23,6 +23,7 @@
 #     peers     every peer on few cells: do they load, are they right
 #     mxfp4     the six models with MXFP4 weights, which no peer here has
 #     sweep     every tactic on every cell; what the tactic choice is judged by
+#     parallel  //tests:parallel by NCCL, and the times of one layer on two GPUs: needs two
 #
 # Each phase's output goes to OUT/PHASE.log, results beside it (JUnit, JSON, tables, pictures), and
 # a line with its seconds to OUT/summary.txt. A phase that fails does not stop the next one.
@@ -86,6 +87,14 @@ run_tests() {
   return "$status"
 }
 
+parallel() {
+  local status=0
+  run_tests //tests:parallel || status=$?
+  "$BAZEL" build "${flags[@]}" //tools/bench:parallel &&
+    bazel-bin/tools/bench/parallel --json="$out/parallel.json" --table="$out/parallel.md" &&
+    return "$status"
+}
+
 bench() {
   local name=$1
   shift
@@ -147,6 +156,7 @@ for name in "$@"; do
       phase account bench account --account \
         --cells=Mixtral-8x7B@16384,Qwen3-30B-A3B@1,Qwen3-30B-A3B@64,Qwen3-30B-A3B@4096
       ;;
+    parallel) phase parallel parallel ;;
     summary) phase summary summary ;;
     peers)
       phase peers with_peers peers --weights=same,int8,int4 --seconds=0.02 \
