@@ -170,6 +170,29 @@ def test_groups_that_are_left_out_stay_out() -> None:
     assert ((ids >= 8) & (ids < 16)).all()
 
 
+def test_groups_are_chosen_by_scores() -> None:
+    """Two good experts beat one that is better by its logit, but hardly by its score."""
+    _, ids = Routing.deepseek_v3(1, 2, 1)(torch.tensor([[10.0, -1.0, 1.0, 2.0]]))
+    assert ids.tolist() == [[3]]
+
+
+def test_experts_are_told_apart_where_their_scores_are_not() -> None:
+    _, ids = Routing(1, scoring="sigmoid")(torch.tensor([[50.0, 60.0, 40.0]]))
+    assert ids.tolist() == [[1]]
+
+
+def test_small_groups() -> None:
+    """Of one expert where the best one counts, of two where two count, and no group at all."""
+    logits = draw_logits(9, 8)
+    _, ids = Routing(1, scoring="sigmoid", num_groups=8)(logits)
+    assert torch.equal(ids[:, 0], logits.argmax(dim=1).int())
+    _, ids = Routing.deepseek_v3(2, 4, 1)(logits)
+    pairs = torch.sigmoid(logits).view(9, 4, 2).sum(dim=2).argmax(dim=1)
+    assert torch.equal(ids // 2, pairs.int().unsqueeze(1).expand(9, 2))
+    scales, ids = Routing.deepseek_v3(1)(logits[:, :1])
+    assert not ids.any() and torch.equal(scales, torch.ones(9, 1))
+
+
 def test_sparsemixer_near_ties() -> None:
     """By hand: 10, 9.9 and 9.5 with a threshold of 2 %: the first two share, the third not."""
     scales, ids = Routing.sparsemixer()(torch.tensor([[9.5, 10.0, 9.9, 1.0], [0, 0, 0, 0]]))
