@@ -230,6 +230,30 @@ def test_a_conversion_that_stops_halfway(
         model.state_dict()
 
 
+@both_layouts
+def test_distributed_parameters_get_their_order_back(family: str, folders: dict[str, Path]) -> None:
+    # With tensor parallelism transformers shows the forward local tensors, all others DTensors.
+    from torch.distributed.tensor import DTensor, Shard, init_device_mesh
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    model = load(folders[family], "fused_moe")
+    original = tensors(model)
+    run(model)
+    torch.distributed.init_process_group("fake", store=FakeStore(), rank=0, world_size=2)
+    try:
+        mesh = init_device_mesh("cpu", (2,))
+        for module in experts_modules(model):
+            for name, parameter in list(module.named_parameters()):
+                whole = DTensor.from_local(parameter.detach(), mesh, [Shard(1)], run_check=False)
+                setattr(module, name, torch.nn.Parameter(whole, requires_grad=False))
+        state = model.state_dict()
+        assert all(torch.equal(state[name].to_local(), original[name]) for name in original)
+        with pytest.raises(NotImplementedError, match="a distributed tensor"):
+            moe.prepare(model)
+    finally:
+        torch.distributed.destroy_process_group()
+
+
 def test_dtypes_must_agree(folders: dict[str, Path]) -> None:
     experts = experts_modules(load(folders["mixtral"], "fused_moe", torch.bfloat16))[0]
     x, ids, scales = torch.randn(3, 64), torch.randint(0, 4, (3, 2)), torch.rand(3, 2)

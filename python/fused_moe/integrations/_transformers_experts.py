@@ -157,7 +157,11 @@ def _gate_first(rows: torch.Tensor, layout: Layout) -> torch.Tensor:
 
 @torch.no_grad()
 def _rewrite(tensor: torch.Tensor, *, gated: bool, layout: Layout, back: bool) -> None:
-    """Puts a weight, or a bias [E, N], into our order, or `back` into the module's, in place."""
+    """Puts a weight, or a bias [E, N], into our order, or `back` into the module's, in place.
+
+    Of a distributed tensor this rank's part, which is all that a forward sees.
+    """
+    tensor = tensor.to_local() if hasattr(tensor, "to_local") else tensor
     transposed = layout.transposed and tensor.ndim == 3
     if not (gated or transposed):
         return
@@ -225,11 +229,15 @@ def check(module: torch.nn.Module) -> None:
                 f"{name}.{parameter} is float32 on a GPU, where the layer takes 16-bit types: "
                 "load the model with dtype=torch.bfloat16 or torch.float16"
             )
-        if tensor.device.type == "meta" or hasattr(tensor, "device_mesh"):
-            where = "offloaded" if tensor.device.type == "meta" else "a distributed tensor"
+        if hasattr(tensor, "device_mesh"):
             raise NotImplementedError(
-                f"{name}.{parameter} is {where}; the layer needs its experts on the device, as "
-                "ordinary tensors"
+                f"{name}.{parameter} is a distributed tensor here; leave its conversion to the "
+                "model's first forward, which sees this rank's part of it"
+            )
+        if tensor.device.type == "meta":
+            raise NotImplementedError(
+                f"{name}.{parameter} is offloaded; the layer needs its experts on the device: "
+                "load the model with a device_map that offloads no experts"
             )
 
 
