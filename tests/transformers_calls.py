@@ -150,6 +150,18 @@ def test_compile(family: str, kept: str, folders: dict[str, Path]) -> None:
             assert torch.equal(compiled(x, ids, scales), fused)
 
 
+def test_compiling_another_implementation_afterwards(folders: dict[str, Path]) -> None:
+    model = load(folders["mixtral"], "fused_moe")
+    run(model)
+    model.set_experts_implementation("batched_mm")
+    run(model)
+    experts = experts_modules(model)[0]
+    compiled = torch.compile(experts, fullgraph=True, backend="aot_eager")
+    x, ids, scales = torch.randn(5, 64), torch.randint(0, 4, (5, 2)), torch.rand(5, 2)
+    with torch.no_grad():
+        assert torch.equal(compiled(x, ids, scales), experts(x, ids, scales))
+
+
 def test_gradients_are_refused(folders: dict[str, Path]) -> None:
     model = load(folders["mixtral"], "fused_moe")
     with pytest.raises(RuntimeError, match=r"inference only.*torch\.no_grad"):

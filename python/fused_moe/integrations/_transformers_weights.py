@@ -245,6 +245,8 @@ def _restore(module: torch.nn.Module) -> None:
     """Puts the parameters back into transformers' order."""
     state = state_of(module)
     assert state is not None
+    if not (state.converted or state.partial or state.kept):
+        return  # nothing to do, and nothing that torch.compile could not trace
     with _LOCK, _mode(module):
         _check_whole(module, state)
         if state.kept:
