@@ -4,11 +4,12 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 
 import pytest
 import torch
 
-from bad_calls import CALLS, TENSORS, Arguments, Bad, edit, misaligned, scale
+from bad_calls import CALLS, TENSORS, Arguments, Bad, edit, misaligned, scale, sliced
 from cpu_layer import FOUR_BIT, WEIGHTS, make_layer
 from fused_moe import backends, cutlass_fused_moe, cutlass_fused_moe_workspace_size
 
@@ -51,6 +52,24 @@ def test_bad(bad: Bad) -> None:
     arguments = good(bad.weights)
     bad.change(arguments)
     rejects(arguments, bad.error, bad.words)
+
+
+@pytest.mark.parametrize(
+    ("weights", "change"),
+    [
+        ("same", edit("fc1_expert_weights", sliced(32, 2))),
+        ("uint8", edit("fc1_expert_weights", sliced(48, 1))),
+        ("int4_32", edit("fc1_expert_weights", sliced(96, 1))),
+    ],
+)
+def test_4_bits_are_mentioned_only_where_they_may_be_meant(
+    weights: str, change: Callable[[Arguments], object]
+) -> None:
+    arguments = good(weights)
+    change(arguments)
+    with pytest.raises(ValueError, match=r"fc1_expert_weights has the shape") as caught:
+        cutlass_fused_moe(**arguments)
+    assert "4-bit" not in str(caught.value)
 
 
 VECTORS = [name for name in TENSORS if name.startswith(("input", "fc"))]
@@ -141,18 +160,21 @@ def test_overlap(written: str, name: str) -> None:
     shared = torch.zeros(1 << 17, dtype=torch.uint8)
     tensor = arguments[name]
     size = tensor.numel() * tensor.element_size()
-    arguments[name] = shared[64 : 64 + size].view(tensor.dtype).view(tensor.shape).copy_(tensor)
-    inside = 64 + (size - 1) // 64 * 64  # the last bytes of it
+    first = 1 << 12
+    own = shared[first : first + size].view(tensor.dtype).view(tensor.shape)
+    arguments[name] = own.copy_(tensor)
+    inside = first + (size - 1) // 64 * 64  # the last bytes of it
     if written == "output":
         memory = shared[inside : inside + 13 * 64 * 2].view(torch.bfloat16).view(13, 64)
     else:
         memory = shared[inside : inside + 1024]
     arguments[written] = memory
     rejects(arguments, ValueError, (f"{written} overlaps {name}",))
-    after = 64 + -(-size // 64) * 64
-    clear = shared[after : after + memory.numel() * memory.element_size()]
-    arguments[written] = clear.view(memory.dtype).view(memory.shape)
-    assert cutlass_fused_moe(**arguments).isfinite().all(), "side by side is no overlap"
+    needed = memory.numel() * memory.element_size()
+    for beside in (first - needed, first + -(-size // 64) * 64):
+        clear = shared[beside : beside + needed]
+        arguments[written] = clear.view(memory.dtype).view(memory.shape)
+        assert cutlass_fused_moe(**arguments).isfinite().all(), "side by side is no overlap"
 
 
 def test_output_and_workspace_overlap() -> None:

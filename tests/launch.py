@@ -225,6 +225,9 @@ def test_too_many_local_experts(extension: Extension) -> None:
     with pytest.raises(ValueError, match=r"fc1_expert_weights.shape\[0\] is 2049.*at most 2048"):
         cutlass_fused_moe(**layer, backend="sm80")
     assert cutlass_fused_moe(**layer, backend="cpu").isfinite().all()
+    assert not extension.runs
+    cutlass_fused_moe(**make_layer(experts=2048, hidden=8, intermediate=8), backend="sm80")
+    assert len(extension.runs) == 1
 
 
 def test_the_device_is_made_current(extension: Extension, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -255,9 +258,8 @@ def test_checks_run_once_for_each_signature(
 
     monkeypatch.setattr(execute, "check_call", check)
     monkeypatch.setattr(execute, "_MOST_PASSED", 2)
-    for tokens in (13, 14):
-        for _ in range(5):
-            cutlass_fused_moe(**make_layer(tokens=tokens), backend="sm80")
+    for tokens in (13, 14) * 5:
+        cutlass_fused_moe(**make_layer(tokens=tokens), backend="sm80")
     assert len(checked) == 2, "each call would pay for all the checks"
     cutlass_fused_moe(**make_layer(tokens=15), backend="sm80")
     assert len(checked) == 3 and len(execute._passed) <= 2, "memory would grow with every M"

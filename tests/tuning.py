@@ -58,6 +58,13 @@ def test_the_first_call_tunes_every_bucket(stage: Stage) -> None:
     assert len(stage.extension.runs) == 11, "one run a call: tuning runs elsewhere"
 
 
+def test_calls_without_a_kernel_tune_nothing(stage: Stage) -> None:
+    with autotune():
+        out = cutlass_fused_moe(**make_layer(tokens=13), backend="cpu")
+        assert cutlass_fused_moe(**make_layer(tokens=0), backend="sm80").shape == (0, 64)
+    assert out.isfinite().all() and not stage.machine.requests and not stage.extension.runs
+
+
 def test_other_layers_are_other_results(stage: Stage) -> None:
     with autotune(tuning_buckets=[16]):
         run(stage)
