@@ -107,6 +107,7 @@ WRONG_DTYPE = {
 
 GENERATED = [
     *(Bad(f"{n}-list", replace(**{n: [1.0]}), (n,), TypeError) for n in TENSORS),
+    *(Bad(f"{n}-text", replace(**{n: "x"}), (f"{n} is a str",), TypeError) for n in TENSORS),
     *(Bad(f"{n}-none", replace(**{n: None}), (f"{n} is None",), TypeError) for n in REQUIRED),
     *(
         Bad(f"{n}-dtype", edit(n, lambda t, d=d: t.to(d)), (n, str(d), must))  # type: ignore[misc]
