@@ -117,13 +117,17 @@ def make_layer(
     )
 
 
+def has_kernels() -> bool:
+    """Whether this build has any backend for GPUs."""
+    return _extension.C is not None and bool(_extension.C.BACKENDS)
+
+
 def pick_device(backend: str) -> torch.device:
     """The device of a backend name; "auto" takes a GPU when its kernels are built in."""
     if backend == "cpu":
         return torch.device("cpu")
     if backend == "auto":
-        usable = _extension.C is not None and bool(_extension.C.BACKENDS)
-        return torch.device("cuda" if usable and torch.cuda.is_available() else "cpu")
+        return torch.device("cuda" if has_kernels() and torch.cuda.is_available() else "cpu")
     if not torch.cuda.is_available():
         raise app.UsageError(f"--backend={backend} needs a GPU and PyTorch sees none here")
     return torch.device("cuda")
@@ -194,8 +198,12 @@ def main(argv: list[str]) -> None:
     )
     error = relative_error(out, expected)
 
-    where = torch.cuda.get_device_name() if device.type == "cuda" else f"{torch.get_num_threads()}"
-    where += "" if device.type == "cuda" else " CPU threads"
+    if device.type == "cuda":
+        where = torch.cuda.get_device_name()
+    else:
+        where = f"{torch.get_num_threads()} CPU threads"
+        if _BACKEND.value == "auto" and has_kernels():
+            where += ": PyTorch sees no GPU"
     chosen = choose(backend, device)
     weights = _DTYPE.value if _WEIGHTS.value == "same" else _WEIGHTS.value
     operations = 2 * tokens * top_k * hidden * inter * (3 if layer.activation.is_gated else 2)
