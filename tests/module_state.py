@@ -88,6 +88,34 @@ def test_a_checkpoint_of_another_floating_dtype_loads() -> None:
     assert torch.equal(layer(tokens()), random_layer()(tokens()))
 
 
+def test_assigning_keeps_what_is_float32() -> None:
+    """DeepSeek's checkpoints hold the router in bfloat16, and compute it in float32."""
+    layer = random_layer("deepseek_v3", weight_format="int8")
+    state = {
+        name: t.bfloat16() if t.is_floating_point() else t for name, t in layer.state_dict().items()
+    }
+    loaded = random_layer("deepseek_v3", weight_format="int8", device="meta")
+    loaded.load_state_dict(state, strict=True, assign=True)
+    for name, tensor in layer.state_dict().items():
+        found = loaded.state_dict()[name]
+        assert found.dtype == tensor.dtype and torch.equal(found, state[name].to(tensor.dtype))
+    assert loaded(tokens()).dtype == torch.bfloat16
+
+
+def test_weights_of_other_modules() -> None:
+    """Parameters that ask for gradients, as those of torch.nn.Linear do."""
+    checkpoint = Checkpoint()
+
+    def asking(weights: list[torch.Tensor]) -> list[torch.Tensor]:
+        return [torch.nn.Parameter(weight) for weight in weights]
+
+    lists = (asking(checkpoint.w1), asking(checkpoint.w2), asking(checkpoint.w3))
+    (router,) = asking([checkpoint.router])
+    layer = FusedMoE.from_experts(router, *lists, Routing(2))
+    assert not layer(tokens()).requires_grad
+    assert torch.equal(layer(tokens()), fused()(tokens()))
+
+
 def test_views_of_a_checkpoint_are_copied() -> None:
     """Both weights in one storage, which a module must not keep as a whole for each of them."""
     checkpoint = Checkpoint()
@@ -284,6 +312,18 @@ ERRORS: dict[str, tuple[Any, str]] = {
         "fc1_bias has the shape [8, 96]; it must be [8, 192]",
     ),
     "half a shared": (lambda: fused(shared_down=torch.zeros(64, 8)), "one of shared_gate_up and"),
+    "shared down": (
+        lambda: fused(shared_gate_up=torch.zeros(16, 64), shared_down=torch.zeros(64)),
+        "shared_down has the shape [64]; it must have two dimensions, [64, I_s]",
+    ),
+    "scale gate": (
+        lambda: fused(shared_scale_gate=torch.zeros(1, 64)),
+        "shared_scale_gate is given without shared_gate_up and shared_down",
+    ),
+    "scale gate alone": (
+        lambda: random_layer(shared_scale_gate=True),
+        "shared_scale_gate is True with shared_intermediate_size 0",
+    ),
     "integers": (
         lambda: fused(gate_up=torch.zeros(8, 192, 64).char()),
         "are no quant_scales",

@@ -88,6 +88,11 @@ class FusedMoE(torch.nn.Module):
                 f"apply_router_weight_on_input is True with top_k {routing.top_k}; it must be "
                 "False: a token has one input and several router weights"
             )
+        if shared_scale_gate and not shared_intermediate_size:
+            raise ValueError(
+                "shared_scale_gate is True with shared_intermediate_size 0; it must be False: "
+                "there are no shared experts to scale"
+            )
         self.apply_router_weight_on_input = apply_router_weight_on_input
         self.hidden_size = hidden_size
         self.router = Router(
@@ -297,6 +302,15 @@ class FusedMoE(torch.nn.Module):
             raise ValueError(f"quant_scales has {len(scales)} tensors; it must have 2, or none")
         if (shared_gate_up is None) != (shared_down is None):
             raise ValueError("one of shared_gate_up and shared_down is None; give both or neither")
+        if shared_scale_gate is not None and shared_down is None:
+            raise ValueError(
+                "shared_scale_gate is given without shared_gate_up and shared_down, which it scales"
+            )
+        if shared_down is not None and shared_down.ndim != 2:
+            raise ValueError(
+                f"shared_down has the shape {list(shared_down.shape)}; it must have two "
+                f"dimensions, [{router_weight.shape[-1]}, I_s]"
+            )
         for name, weight in (("fc1_weight", fc1_weight), ("fc2_weight", fc2_weight)):
             if weight.ndim != 3:
                 raise ValueError(

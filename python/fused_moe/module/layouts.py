@@ -49,6 +49,7 @@ def _up_gate(rows: torch.Tensor, interleaved: bool) -> torch.Tensor:
     return torch.cat([rows[:, 1::2], rows[:, 0::2]], dim=1)
 
 
+@torch.no_grad()
 def stack_experts(
     w1: Sequence[torch.Tensor], w2: Sequence[torch.Tensor], w3: Sequence[torch.Tensor] | None
 ) -> tuple[torch.Tensor, torch.Tensor]:

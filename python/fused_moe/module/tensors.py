@@ -23,8 +23,9 @@ class InferenceModule(torch.nn.Module):
     """A module whose parameters get no gradient and some of whose tensors keep their dtype.
 
     `module.to(torch.float16)`, `half()` and the like would turn every floating point tensor
-    into that dtype, the float32 scales of INT8 weights among them. The parameters and buffers
-    named in `kept` only follow to another device.
+    into that dtype, the float32 scales of INT8 weights among them, and loading a checkpoint with
+    `assign` into its dtypes. The parameters and buffers named in `kept` only follow to another
+    device.
     """
 
     def __init__(self) -> None:
@@ -42,6 +43,21 @@ class InferenceModule(torch.nn.Module):
             return fn(tensor)
 
         return super()._apply(apply, recurse)
+
+    def _load_from_state_dict(
+        self,
+        state_dict: dict[str, Any],
+        prefix: str,
+        local_metadata: dict[str, Any],
+        *others: Any,
+    ) -> None:
+        """As every module, but `assign` converts what is kept, as copying does."""
+        if local_metadata.get("assign_to_params_buffers", False):
+            for name in self.kept:
+                own, given = getattr(self, name), state_dict.get(prefix + name)
+                if own is not None and given is not None and own.is_floating_point():
+                    state_dict[prefix + name] = given.to(own.dtype)
+        super()._load_from_state_dict(state_dict, prefix, local_metadata, *others)
 
     def extra_repr(self) -> str:
         """The tensors of this module itself, a dtype and a shape each."""
