@@ -1,14 +1,12 @@
 # SPDX-License-Identifier: Apache-2.0
-"""`autotune` around calls: what is measured and when, what calls then run with, and the file.
+"""`autotune` around calls: what is measured and when, and what calls then run with.
 
 Nothing here needs a GPU: tuning_stand_ins.py says what takes its place.
 """
 
 from __future__ import annotations
 
-import json
 import logging
-import pathlib
 import re
 import threading
 from typing import Any
@@ -17,26 +15,16 @@ import pytest
 import torch
 
 from cpu_layer import make_layer
-from fused_moe import autotune, cutlass_fused_moe, execute, tuning
-from fused_moe.tuning import storage
-from tuning_stand_ins import CHIP, Stage, set_stage
+from fused_moe import autotune, cutlass_fused_moe, tuning
+from tuning_stand_ins import Stage, run, set_stage
 
 BUCKETS = [1, 2, 4, 8, 16, 32, 64]
-LAYER = ("weights", "hidden", "intermediate", "ep_size")  # options of the layer, not of the call
 
 
 @pytest.fixture
 def stage(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> Stage:
     caplog.set_level(logging.INFO, logger="fused_moe")
     return set_stage(monkeypatch)
-
-
-def run(stage: Stage, tokens: int = 13, **options: Any) -> Any:
-    """A call; returns the tactics that the extension was given, None without."""
-    options = {"tune_max_num_tokens": 64, **options}
-    layer = {key: options.pop(key) for key in LAYER if key in options}
-    cutlass_fused_moe(**make_layer(tokens=tokens, **layer), backend="sm80", **options)
-    return stage.extension.runs[-1]
 
 
 def test_without_tuning_the_extension_chooses(stage: Stage) -> None:
@@ -69,13 +57,14 @@ def test_other_layers_are_other_results(stage: Stage) -> None:
     with autotune(tuning_buckets=[16]):
         run(stage)
     others: list[dict[str, Any]] = [{"hidden": 128}, {"ep_size": 2}, {"weights": "int8"}]
+    others.append({"weights": "int8", "scale_dtype": torch.bfloat16})
     sizes = {"hidden": 256, "intermediate": 192}
     others += [{"weights": w, **sizes} for w in ("int4_32", "int4_64", "mxfp4")]
     for options in others:
         assert run(stage, 16, **options) is None, options
         with autotune(tuning_buckets=[16]):
             assert run(stage, 16, **options) == (0, 0)
-    assert run(stage, 16) == (0, 0) and stage.machine.tuned == [16] * 7
+    assert run(stage, 16) == (0, 0) and stage.machine.tuned == [16] * 8
 
 
 def test_what_is_measured_is_the_call(stage: Stage) -> None:
@@ -156,14 +145,23 @@ def test_another_routing_measures_anew(stage: Stage) -> None:
 
 
 def test_a_batch_that_was_made_up_is_warned_of(
-    stage: Stage, caplog: pytest.LogCaptureFixture
+    stage: Stage, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    layer = make_layer(tokens=13)
-    layer["token_selected_experts"] = torch.zeros_like(layer["token_selected_experts"])
-    with autotune(tuning_buckets=[1]):
-        cutlass_fused_moe(**layer, backend="sm80")
-    assert 'routing="uniform"' in caplog.text
-    assert stage.machine.tuned == [1]
+    def warns(tokens: int, top_k: int, ids: torch.Tensor | None = None) -> bool:
+        caplog.clear()
+        layer = make_layer(tokens=tokens, top_k=top_k)
+        if ids is not None:
+            layer["token_selected_experts"] = ids.expand(tokens, top_k).contiguous()
+        stage.restart(monkeypatch)
+        with autotune(tuning_buckets=[1]):
+            cutlass_fused_moe(**layer, backend="sm80")
+        assert stage.machine.tuned == [1]
+        return 'routing="uniform"' in caplog.text
+
+    same = torch.tensor([0, 1], dtype=torch.int32)
+    assert warns(8, 2, same) and warns(13, 2, same[:1])
+    assert not warns(7, 2, same), "so few tokens may well go to the same experts"
+    assert not warns(13, 2) and not warns(13, 4), "other experts, or all there are"
 
 
 def test_capture_is_skipped(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
@@ -187,6 +185,37 @@ def test_a_bucket_that_fails_is_left_untuned(
     assert stage.machine.tuned == [b for b in BUCKETS if b != 32]
     assert "for 32 tokens: CUDA out of memory" in caplog.text
     assert run(stage, 16) == (0, 0)
+
+
+def test_a_neighbour_with_another_choice_says_nothing(stage: Stage) -> None:
+    stage.extension.chosen = (2, 3)
+    with autotune(tuning_buckets=[16]):
+        assert run(stage, 15) == (0, 0)
+        stage.extension.chosen = (3, 3)
+        assert run(stage, 14) is None and run(stage, 16) == (0, 0)
+
+
+def test_what_is_found_later_counts_for_earlier_calls(stage: Stage) -> None:
+    with autotune():
+        assert run(stage, 40, tune_max_num_tokens=16) == (0, 0)
+        run(stage, 64, tune_max_num_tokens=64)
+        assert run(stage, 40, tune_max_num_tokens=16) == (1, 1)
+
+
+def test_what_the_log_says(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
+    time = stage.machine.time
+
+    def broken(tokens: int, pair: tuple[int, int]) -> float:
+        if pair == (1, 2):
+            raise RuntimeError("too many resources")
+        return time(tokens, pair)
+
+    stage.machine.time = broken
+    with autotune(tuning_buckets=[16]):
+        run(stage)
+    assert "the tactics t32 / t64 do not run for 16 tokens: too many resources" in caplog.text
+    words = r"16 tokens: t16 / t16 takes 60\.0 us, untuned t64 / t64 100\.0 us \(noise 0\.5%, "
+    assert re.search(words, caplog.text)
 
 
 def test_threads(stage: Stage) -> None:
@@ -232,6 +261,10 @@ def test_calls_are_settled_once(stage: Stage, monkeypatch: pytest.MonkeyPatch) -
     for _ in range(5):
         run(stage, 16)
     assert len(asked) == 3, "calls must be looked at anew where the table changed, and only then"
+    with autotune(tuning_buckets=[16]):
+        for _ in range(5):
+            run(stage, 16)
+    assert len(asked) == 4, "there was nothing left to tune"
 
 
 def test_a_call_that_is_refused_is_not_tuned(stage: Stage) -> None:
@@ -250,146 +283,3 @@ def test_progress(stage: Stage) -> None:
         run(stage)
     assert [step[:2] for step in steps] == [(1, 2), (2, 2)]
     assert "4 experts of 64x48" in steps[0][2] and steps[0][2].endswith(": 1 tokens")
-
-
-# The file.
-
-
-def test_the_file_serves_the_next_process(
-    stage: Stage, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = str(tmp_path / "tactics.json")
-    with autotune(cache=path):
-        run(stage)
-    stage.restart(monkeypatch)
-    with autotune(cache=path):
-        assert run(stage, 32) == (1, 1)
-    assert not stage.machine.requests, "what the file holds was measured again"
-    stage.restart(monkeypatch)
-    with autotune(False, cache=path):
-        pass
-    assert run(stage, 32) == (1, 1) and run(stage, 1) == (5, 6)
-    stage.restart(monkeypatch)
-    monkeypatch.setenv("FUSED_MOE_TUNING_FILE", path)
-    assert run(stage, 32) == (1, 1)
-    stage.restart(monkeypatch)
-    monkeypatch.delenv("FUSED_MOE_TUNING_FILE")
-    tuning.load(path)
-    assert run(stage, 32) == (1, 1)
-    other = str(tmp_path / "other.json")
-    tuning.save(other)
-    assert storage.read(other) == storage.read(path)
-    text = pathlib.Path(path).read_text()
-    assert '["t32", "t32"]' in text and CHIP.name in text and '"experts": 4' in text
-
-
-def edited(stage: Stage, tmp_path: pathlib.Path, pattern: str, replacement: str) -> str:
-    """A file of this layer's results, changed."""
-    path = tmp_path / "tactics.json"
-    with autotune(cache=str(path), tuning_buckets=[32]):
-        run(stage)
-    text, count = re.subn(pattern, replacement, path.read_text())
-    assert count == 1
-    path.write_text(text)
-    return str(path)
-
-
-@pytest.mark.parametrize(
-    ("pattern", "replacement", "message"),
-    [
-        (
-            r'"version": "[^"]*"',
-            '"version": "0.0.1"',
-            r"ignoring 1 of 1 .*fused_moe 0\.0\.1;.*tune",
-        ),
-        (
-            '"name": "Stand-in 80"',
-            '"name": "NVIDIA A10"',
-            r"1 of 1 layers are for NVIDIA A10 \(108 SMs.*here, which is Stand-in 80",
-        ),
-        ('"multiprocessors": 108', '"multiprocessors": 56', r"are for Stand-in 80 \(56 SMs"),
-        (
-            '"shared_memory_per_block": 166912',
-            '"shared_memory_per_block": 101376',
-            "99 KiB a block",
-        ),
-        (
-            r'"tactics": \["t32"',
-            '"tactics": ["t33"',
-            r"names the tactics \['t33'\], which this build",
-        ),
-        (r'"tactics": \["t32"', '"tactics": ["t256"', r"\['t256', 't32'\], which do not fit"),
-        (r'"tactics": \["t32"', '"tactics": ["fused a"', "which do not fit this layer and chip"),
-    ],
-)
-def test_results_that_do_not_count_here(
-    stage: Stage,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-    pattern: str,
-    replacement: str,
-    message: str,
-) -> None:
-    path = edited(stage, tmp_path, pattern, replacement)
-    stage.restart(monkeypatch)
-    caplog.clear()
-    with autotune(False, cache=path):
-        assert run(stage, 32) is None and run(stage, 33) is None
-    warnings = [r.getMessage() for r in caplog.records if r.levelname == "WARNING"]
-    assert len(warnings) == 1 and re.search(message, warnings[0]), warnings
-    assert "0.0.1" not in {key.version for key in stage.tuner.results()}
-    assert "tactics.json" in warnings[0] or "4 experts of 64x48" in warnings[0]
-
-
-def test_results_of_others_are_kept(
-    stage: Stage, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = edited(stage, tmp_path, '"name": "Stand-in 80"', '"name": "NVIDIA A10"')
-    stage.restart(monkeypatch)
-    with autotune(cache=path, tuning_buckets=[32]):
-        assert run(stage, 32) == (1, 1)
-    assert stage.machine.tuned == [32]
-    assert {key.chip.name for key in storage.read(path)} == {"Stand-in 80", "NVIDIA A10"}
-
-
-def test_a_file_that_is_something_else(
-    stage: Stage,
-    tmp_path: pathlib.Path,
-    monkeypatch: pytest.MonkeyPatch,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    path = tmp_path / "notes.txt"
-    path.write_text("buy milk")
-    with pytest.raises(ValueError, match=r"notes.txt is not JSON"), autotune(cache=str(path)):
-        raise AssertionError("the context was entered")
-    with pytest.raises(ValueError, match=r"notes.txt is not JSON"):
-        tuning.load(str(path))
-    # A server that was told of it by the environment still runs, and says so.
-    monkeypatch.setenv("FUSED_MOE_TUNING_FILE", str(path))
-    assert run(stage) is None
-    assert re.search("FUSED_MOE_TUNING_FILE=.*not JSON.*running untuned", caplog.text)
-    stage.restart(monkeypatch)
-    monkeypatch.setenv("FUSED_MOE_TUNING_FILE", str(tmp_path / "missing.json"))
-    assert run(stage) is None and "missing.json" in caplog.text
-    assert path.read_text() == "buy milk"
-
-
-def test_a_file_that_cannot_be_written(
-    stage: Stage, tmp_path: pathlib.Path, caplog: pytest.LogCaptureFixture
-) -> None:
-    path = tmp_path / "tactics.json"
-    with autotune(cache=str(path)):
-        run(stage)
-        path.mkdir()
-    assert "tuning results could not be written to" in caplog.text
-    assert run(stage, 32) == (1, 1), "what was found still counts"
-
-
-def test_a_body_that_fails_keeps_what_was_found(stage: Stage, tmp_path: pathlib.Path) -> None:
-    path = tmp_path / "tactics.json"
-    with pytest.raises(KeyError), autotune(cache=str(path), tuning_buckets=[16]):
-        run(stage)
-        raise KeyError
-    assert json.loads(path.read_text())["results"][0]["tokens"]["16"]["tactics"] == ["t16", "t16"]
-    assert not execute._passed or run(stage, 16) == (0, 0)

@@ -16,7 +16,8 @@ from typing import Any
 import pytest
 import torch
 
-from fused_moe import _extension, backends, cuda, execute
+from cpu_layer import make_layer
+from fused_moe import _extension, backends, cuda, cutlass_fused_moe, execute
 from fused_moe.tuning.engine import Tuner
 from fused_moe.tuning.keys import Chip
 from fused_moe.tuning.machine import Machine
@@ -198,3 +199,15 @@ def set_stage(monkeypatch: pytest.MonkeyPatch) -> Stage:
     stage = Stage(extension, machine, Tuner(machine))
     stage.install(monkeypatch)
     return stage
+
+
+# Options of the layer, not of the call.
+LAYER = ("weights", "hidden", "intermediate", "ep_size", "scale_dtype")
+
+
+def run(stage: Stage, tokens: int = 13, **options: Any) -> Any:
+    """A call; returns the tactics that the extension was given, None without."""
+    options = {"tune_max_num_tokens": 64, **options}
+    layer = {key: options.pop(key) for key in LAYER if key in options}
+    cutlass_fused_moe(**make_layer(tokens=tokens, **layer), backend="sm80", **options)
+    return stage.extension.runs[-1]
