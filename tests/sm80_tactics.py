@@ -185,6 +185,13 @@ def test_fewer_tactics_fit_less_shared_memory(weights: str) -> None:
 
 
 @_needs_build
+def test_whole_layers_take_up_to_2048_slots() -> None:
+    for tokens, there in ((1024, True), (1025, False)):
+        case = Case("fit", 4096, 14336, 8, 2, tokens)
+        assert bool(whole_layer_pairs(case, 99 * 1024)) == there, f"{2 * tokens} slots"
+
+
+@_needs_build
 @pytest.mark.parametrize("weights", list(WEIGHTS))
 def test_the_workspace_is_within_its_bound(weights: str) -> None:
     for case in model_cases(weights):
