@@ -16,6 +16,7 @@ from fused_moe import (
     quantize_int4,
     quantize_int8,
     quantize_mxfp4,
+    up_gate_from_gate_up,
 )
 from fused_moe.quantization import E2M1_VALUES, pack_nibbles, unpack_nibbles
 from fused_moe.reference import dequantize
@@ -295,3 +296,13 @@ def test_formulas() -> None:
     assert torch.equal(scale.double(), expected)
     levels = (groups / expected.unsqueeze(3)).float().round().clamp(-8, 7)
     assert torch.equal(unpack_nibbles(packed).float() - 8, levels.view(2, 63, 256))
+
+
+def test_halves_are_exchanged() -> None:
+    for shape in ((1, 4), (2, 4, 3)):
+        tensor = torch.arange(torch.Size(shape).numel()).view(shape)
+        made = up_gate_from_gate_up(tensor)
+        assert made.is_contiguous() and torch.equal(made, tensor[:, [2, 3, 0, 1]])
+    for bad in (torch.zeros(4), torch.zeros(2, 3, 4)):
+        with pytest.raises(ValueError, match="even second dimension"):
+            up_gate_from_gate_up(bad)
