@@ -213,6 +213,14 @@ def test_too_many_slots() -> None:
     assert plan(2**31 - 1024, 1) >= 0
 
 
+def test_too_many_slots_of_a_call() -> None:
+    call = make_layer(tokens=1, top_k=4)
+    for name in ("input", "token_selected_experts", "token_final_scales"):
+        call[name] = call[name].to("meta").expand(2**29, -1)  # no memory behind it
+    with pytest.raises(ValueError, match=r"size of token_selected_experts is 2147483648.*split"):
+        cutlass_fused_moe(**call, backend="cpu")
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

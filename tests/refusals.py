@@ -61,6 +61,10 @@ CASES: dict[str, tuple[dict[str, Any], tuple[str, ...], bool]] = {
     "fp32-output": ({"output_dtype": torch.float32}, ("FP32", "output_dtype"), False),
 }
 
+if hasattr(torch, "float4_e2m1fn_x2"):  # from PyTorch 2.8 on
+    packed = torch.empty(13, 64, dtype=torch.uint8).view(torch.float4_e2m1fn_x2)
+    CASES["fp4-dtype"] = ({"input": packed}, ("FP4", "input is torch.float4_e2m1fn_x2"), True)
+
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize(
