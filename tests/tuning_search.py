@@ -199,6 +199,20 @@ def test_a_height_that_is_a_little_slower_does_not_end_the_search() -> None:
     assert search(layer.space((3, 3)), layer).pair == (7, 3)
 
 
+def test_tactics_are_timed_beside_the_untuned_ones() -> None:
+    layer = random_layer(3)
+    search(layer.space((4, 4)), layer)
+    strangers = [pair for pair in layer.timed if 4 not in pair]
+    assert len(strangers) <= 1, "only the two winners run together"
+
+
+def test_winners_that_do_not_go_together() -> None:
+    layer = Layer(dict.fromkeys(HEIGHTS, 60.0), dict.fromkeys(HEIGHTS, 30.0))
+    layer.gemm1[5], layer.gemm2[6] = 50, 25
+    layer.noise = lambda pair, number: 3.0 if pair == (5, 6) else 1.0
+    assert search(layer.space((3, 3)), layer).pair == (5, 3)
+
+
 def test_one_slow_round_does_not_end_a_pair() -> None:
     layer = Layer(dict.fromkeys(HEIGHTS, 60.0), dict.fromkeys(HEIGHTS, 30.0))
     layer.gemm1[5] = 54
