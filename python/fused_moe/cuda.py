@@ -38,6 +38,11 @@ _empty_strided: Callable[[tuple[int, ...], tuple[int, ...], torch.dtype], torch.
 )
 
 
+def capturing(device: torch.device) -> bool:
+    """Whether what is enqueued now on the device goes into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 def launch(
     call: MoeCall,
     output: torch.Tensor | None,

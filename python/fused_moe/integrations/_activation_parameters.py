@@ -11,6 +11,8 @@ from __future__ import annotations
 
 import torch
 
+from fused_moe.cuda import capturing
+
 _made: dict[tuple[float, int, torch.device], torch.Tensor] = {}
 
 
@@ -24,7 +26,6 @@ def for_each_expert(value: float | None, experts: int, device: torch.device) -> 
         made = torch.full((experts,), float(value), dtype=torch.float32, device=device)
         # Inside a CUDA graph it exists when that graph runs, for that graph; under a tracer it
         # holds no numbers.
-        capturing = device.type == "cuda" and torch.cuda.is_current_stream_capturing()
-        if not capturing and type(made) is torch.Tensor:
+        if not capturing(device) and type(made) is torch.Tensor:
             _made[key] = made
     return made

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from fused_moe.parallel.device import capturing
+from fused_moe.cuda import capturing
 from fused_moe.parallel.errors import exchange
 
 # Newer PyTorch has other names for the same functions, and warns of the older ones.

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the host asks of a CUDA device: whether it records a graph, and whether it is done."""
+"""A wait for a CUDA device that ends."""
 
 from __future__ import annotations
 
@@ -9,11 +9,6 @@ import time
 import torch
 
 from fused_moe.parallel.errors import ParallelError
-
-
-def capturing(device: torch.device) -> bool:
-    """Whether what is enqueued now on the device goes into a CUDA graph."""
-    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
 
 
 def wait_for_device(

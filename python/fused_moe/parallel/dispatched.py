@@ -17,9 +17,9 @@ import itertools
 
 import torch
 
+from fused_moe.cuda import capturing
 from fused_moe.parallel import collectives, lanes, plan
 from fused_moe.parallel.chunks import Call, PaddedChunk, UnevenChunk
-from fused_moe.parallel.device import capturing
 from fused_moe.parallel.errors import reject_gradients
 from fused_moe.parallel.experts import ExpertWeights
 from fused_moe.parallel.groups import ParallelGroups
