@@ -100,7 +100,10 @@ class TileQueue {
 
   // Begins the turns one after another; by all threads of the block, before the tile's copies.
   __device__ void Begin(int32_t turn) {
-    if (turn % kBatch == 0 && threadIdx.x < kBatch) Decode(turn + kBatch + threadIdx.x);
+    if (turn % kBatch == 0) {
+      if (threadIdx.x < kBatch) Decode(turn + kBatch + threadIdx.x);
+      __syncwarp();
+    }
     if constexpr (kHasWords) {
       if (OwnsRow()) {
         words_[(turn + 1) % kWordTurns * T::kTile.m + threadIdx.x] = word_;
