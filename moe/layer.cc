@@ -2,6 +2,7 @@
 
 #include "moe/layer.h"
 
+#include <algorithm>
 #include <mutex>
 #include <stdexcept>
 #include <string>
@@ -45,6 +46,15 @@ void CheckSizes(const Problem& problem, size_t workspace_bytes, size_t workspace
                                 std::to_string(problem.num_local_experts) +
                                 " experts, must be at most " + std::to_string(kMaxLocalExperts) +
                                 " a rank; spread them over more expert-parallel ranks");
+  }
+  // Rows of the input and of the intermediate values are found by a count of 16 bytes in 32 bits.
+  constexpr int64_t kMaxValues = int64_t{1} << 35;
+  const int64_t values = std::max(problem.num_tokens * problem.hidden_size,
+                                  problem.num_slots() * problem.intermediate_size);
+  if (values >= kMaxValues) {
+    throw std::invalid_argument(
+        "input: the input or the intermediate values are " + std::to_string(values) +
+        " numbers, must be below 2^35 (64 GiB); split the tokens into several calls");
   }
   if (problem.group_size > 0) {
     // Kernels count the scales of a tensor in 32 bits, and where few tokens are served its 16 bytes

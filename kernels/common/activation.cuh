@@ -17,8 +17,18 @@ namespace moe {
 __device__ inline float Min(float x, float limit) { return x > limit ? limit : x; }
 __device__ inline float Max(float x, float limit) { return x < limit ? limit : x; }
 
-// exp(-x) overflows to infinity for x < -88, where the quotient is 0 as it must be.
-__device__ inline float SigmoidTimes(float y, float x) { return __fdividef(y, 1.0f + __expf(-x)); }
+// 2^x, or 0 for what is no normal number: three instructions less than __expf takes for those.
+__device__ inline float Exp2(float x) {
+  float out;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(out) : "f"(x));
+  return out;
+}
+
+// y / (1 + exp(-x)). For x < -88 the exponential is infinite and the quotient 0, as it must be; for
+// x > 87 it is 0 here, and nothing beside 1 in any case.
+__device__ inline float SigmoidTimes(float y, float x) {
+  return __fdividef(y, 1.0f + Exp2(-1.4426950408889634f * x));
+}
 __device__ inline float Silu(float x) { return SigmoidTimes(x, x); }
 
 __device__ inline float GeluErf(float x) {

@@ -57,11 +57,12 @@ __device__ inline void StoreRow(uint16_t* out, const float (&value)[kVector], DT
 
 // `Consumer` says which rows and columns a thread's accumulators belong to.
 template <typename T, typename Consumer>
-__device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item,
+__device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int32_t turn,
                          const typename Consumer::Accumulators& acc) {
   using Columns = typename T::Columns;
   constexpr int kVector = Columns::kVector;
   const WarpPlace warp = GetWarpPlace<T>();
+  const WorkItem item = queue.Item(turn);
 
   float row_scale[Consumer::kThreadRows];
   if constexpr (!T::kGated) {
@@ -70,7 +71,7 @@ __device__ void Epilogue(const GroupedGemm& gemm, const WorkItem& item,
       row_scale[i] = 1.0f;
       const int row = Consumer::Row(warp, i);
       if (gemm.slot_scales != nullptr && row < item.rows) {
-        row_scale[i] = __ldg(gemm.slot_scales + __ldg(gemm.row_slot + item.row_begin + row));
+        row_scale[i] = __uint_as_float(queue.Word(turn, item, row));
       }
     }
   }

@@ -48,10 +48,10 @@ namespace moe::sm80 {
 template <typename T>
 __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     GroupedGemmKernel(const __grid_constant__ GroupedGemm gemm, const uint32_t weight_flip) {
-  extern __shared__ __align__(128) char shared[];
+  extern __shared__ __align__(1024) char shared[];  // which Mainloop::Load() counts on
 
-  const Scheduler<T::kTile.m, T::kTileColumns> schedule(gemm);
-  Loader<T> loader(gemm, schedule, shared, weight_flip);
+  TileQueue<T> queue(gemm, shared);
+  Loader<T> loader(gemm, queue, shared, weight_flip);
   using Consumer = std::conditional_t<T::kUnpacks, UnpackingMainloop<T>, Mainloop<T>>;
   Consumer mainloop(shared, weight_flip);
 
@@ -65,6 +65,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     cute::cp_async_fence();
     loader.LoadScales(scales[s]);
     loader.PushScales();
+    __syncthreads();  // one between turns, for the queue
     loader.Advance();
   }
   loader.template Issue<0, 1>((T::kStages - 2) * T::kStageBytes);
@@ -89,6 +90,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     loader.template Widen<0, 1>(0, 0);
   }
   loader.PushScales();
+  __syncthreads();
   loader.Advance();
   publish();
   mainloop.Prime(place(0, 0));
@@ -96,8 +98,8 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   constexpr int kLastStage = (T::kStages - 1) * T::kStageBytes;
   int stage = 0;  // byte offset of the stage to multiply
   int wide = 0;   // its buffer
-  for (int32_t work = blockIdx.x; work < schedule.work_items; work += gridDim.x) {
-    const int active = Consumer::Active(schedule.Decode(work).rows);
+  for (int32_t turn = 0; turn < queue.turns(); ++turn) {
+    const int active = Consumer::Active(queue.Item(turn).rows);
     typename Consumer::Accumulators acc = {};
     for (int k_left = gemm.k; k_left > 0; k_left -= T::kStep) {
       const int next = stage == kLastStage ? 0 : stage + T::kStageBytes;
@@ -124,11 +126,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       stage = next;
       wide ^= 1;
     }
-    // Decoded again, which the empty asm keeps the compiler from seeing: carrying the item through
-    // the loop would take registers that the widest tile does not have.
-    int32_t same = work;
-    asm volatile("" : "+r"(same));
-    if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, schedule.Decode(same), acc);
+    if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, queue, turn, acc);
   }
 }
 

@@ -6,7 +6,7 @@
 // Copies run kStages - 1 steps ahead of the mma, across tile boundaries: when the tensor cores
 // finish a tile, the first steps of the next are already in shared memory, so the flow of bytes
 // never drains between tiles. Rows of A are gathered by index here, which costs one 4-byte load a
-// row and tile, and no copy of the input.
+// row and tile (scheduler.cuh), and no copy of the input.
 //
 // Widening runs one step ahead of the mma. A thread widens the chunks that it copied itself, so
 // no barrier lies between the two; each weight is widened once a block, where warps that share
@@ -51,13 +51,12 @@ template <typename T>
 class Loader {
   using Columns = typename T::Columns;
   using Element = typename T::Element;
-  using Schedule = Scheduler<T::kTile.m, T::kTileColumns>;
   static constexpr bool kGroups = HasGroups(T::kKind);
 
  public:
-  __device__ Loader(const GroupedGemm& gemm, const Schedule& schedule, char* shared,
+  __device__ Loader(const GroupedGemm& gemm, TileQueue<T>& queue, char* shared,
                     uint32_t weight_flip)
-      : gemm_(gemm), schedule_(schedule), weight_flip_(weight_flip), work_(blockIdx.x) {
+      : gemm_(gemm), queue_(queue), weight_flip_(weight_flip) {
     const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     shared_a_ = base + RowA() * T::kRowBytes + (ChunkA() ^ SwizzleA<T>(RowA())) * 16;
     shared_b_ = T::kWidens    ? base + T::kBytesA + threadIdx.x * 16
@@ -82,17 +81,18 @@ class Loader {
     const int fill_a = ChunkA() * 8 < k_left_ ? 16 : 0;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsA; i += kParts) {
-      CopyAsync16(to_a + i * T::kRowStepA * T::kRowBytes, WideOffset(a, k, twice_row_a_[i]),
-                  copies_ & BitA(i), fill_a);
+      CopyAsync16(to_a + i * T::kRowStepA * T::kRowBytes, Chunk(a, row_a_[i]), copies_ & BitA(i),
+                  fill_a);
     }
     const uint32_t to_b = shared_b_ + stage;
+    // In chunks of 16 bytes.
+    const uint32_t row = k / kWeightsOfChunk;
+    const uint32_t gate = row * gemm_.columns;
     const int fill_b = ChunkB() * kWeightsOfChunk < k_left_ ? 16 : 0;
     constexpr int kStep = kStored ? T::kThreads * 16 : T::kRowStepB * T::kRowBytes;
 #pragma unroll
     for (int i = kPart; i < T::kLoadsB; i += kParts) {
-      const uint32_t row = RowOffset(i);
-      // A row has k * bits / 8 bytes, here as a product of whole numbers.
-      const char* from = WideOffset(b_, k / 2, row * (WeightBits(T::kKind) / 4));
+      const char* from = Chunk(b_, RowOffset(i, row, gate));
       CopyAsync16(to_b + i * kStep, from, copies_ & BitB(i), fill_b);
     }
   }
@@ -103,7 +103,7 @@ class Loader {
     b_ += T::kStep * WeightBits(T::kKind) / 8;
     k_left_ -= T::kStep;
     if (k_left_ <= 0) {
-      work_ += gridDim.x;
+      ++turn_;
       BeginTile();
     }
   }
@@ -158,7 +158,8 @@ class Loader {
       uint32_t index[T::kLoadsB];
 #pragma unroll
       for (int i = 0; i < T::kLoadsB; ++i) {
-        const uint32_t row = (copies_ & BitB(i)) != 0 ? first_row_ + RowOffset(i) : 0;
+        const uint32_t row =
+            (copies_ & BitB(i)) != 0 ? first_row_ + RowOffset(i, 1, gemm_.columns) : 0;
         index[i] = row * (gemm_.k >> group_log2) + (k >> group_log2);
       }
       LoadScaleBits<T::kKind>(gemm_.weight_scales, index, gemm_.weight_scale_dtype,
@@ -226,6 +227,13 @@ class Loader {
   __device__ static int RowA() { return threadIdx.x / T::kChunks; }
   __device__ static int RowB() { return threadIdx.x / T::kStoredChunks; }
 
+  // A chunk of 16 bytes by its number. In C++ it is one instruction, in assembly two that want fewer
+  // registers.
+  __device__ static const char* Chunk(const char* base, uint32_t number) {
+    if constexpr (T::kTile.lean(T::kKind)) return WideOffset(base, number, 16);
+    return base + static_cast<uint64_t>(number) * 16;
+  }
+
   // Where its first chunk of weights goes as they are stored, in bytes.
   __device__ static int StoredPlace() {
     return (RowB() * T::kStoredChunks + (ChunkB() ^ SwizzleStored<T>(RowB()))) * 16;
@@ -238,32 +246,30 @@ class Loader {
     return static_cast<const char*>(gemm_.a) + ((gemm_.k - k_left_) * 2 + ChunkA() * 16);
   }
 
-  // The weight row of the thread's i-th load, from its first. Gate rows follow the up rows. The
-  // gate bit of a row's place in the tile is either in the thread's own part of it, as in
-  // BeginTile(), or in the compile-time part, as here.
-  __device__ uint32_t RowOffset(int i) const {
+  // The weight row of the thread's i-th load, from its first, where a row counts as `row` and the
+  // way from an up row to its gate row as `gate`. The gate bit of a row's place in the tile is
+  // either in the thread's own part of it, as in BeginTile(), or in the compile-time part, as here.
+  __device__ static uint32_t RowOffset(int i, uint32_t row, uint32_t gate) {
     const int n = i * T::kRowStepB;
-    return Columns::Column(n) + (Columns::IsGate(n) ? gemm_.columns : 0);
+    return Columns::Column(n) * row + (Columns::IsGate(n) ? gate : 0);
   }
 
   __device__ void BeginTile() {
     k_left_ = gemm_.k;
     copies_ = 0;
-    if (work_ >= schedule_.work_items) return;
-    const WorkItem item = schedule_.Decode(work_);
+    if (turn_ >= queue_.turns()) return;
+    queue_.Begin(turn_);
+    const WorkItem item = queue_.Item(turn_);
 
     a_ = static_cast<const char*>(gemm_.a) + ChunkA() * 16;
 #pragma unroll
     for (int i = 0; i < T::kLoadsA; ++i) {
       const int row = RowA() + i * T::kRowStepA;
-      twice_row_a_[i] = 0;
+      row_a_[i] = 0;
       if (row >= item.rows) continue;
       copies_ |= BitA(i);
-      uint32_t source = item.row_begin + row;
-      if (gemm_.gather) {
-        source = static_cast<uint32_t>(gemm_.row_slot[source]) / static_cast<uint32_t>(gemm_.top_k);
-      }
-      twice_row_a_[i] = 2 * source;
+      const uint32_t source = gemm_.gather ? queue_.Word(turn_, item, row) : item.row_begin + row;
+      row_a_[i] = source * (static_cast<uint32_t>(gemm_.k) / 8);
     }
 
     const int32_t column = item.column + Columns::Column(RowB());
@@ -287,16 +293,16 @@ class Loader {
   }
 
   const GroupedGemm& gemm_;
-  const Schedule& schedule_;
+  TileQueue<T>& queue_;
   uint32_t weight_flip_;
-  int32_t work_;
-  int32_t k_left_;           // of the tile's k, from this step on: beyond it are zeros
-  uint32_t shared_a_;        // where the thread's first chunk of A goes, in the first stage
-  uint32_t shared_b_;        // and that of B
-  uint32_t copies_;          // which of the thread's copies the tile has
-  const char* a_ = nullptr;  // of the input, at the thread's chunk of the step
-  uint32_t twice_row_a_[T::kLoadsA];  // rows of the input; a row has 2 * k bytes
-  const char* b_ = nullptr;           // the thread's first weight row, at its chunk of the step
+  int32_t turn_ = 0;
+  int32_t k_left_;              // of the tile's k, from this step on: beyond it are zeros
+  uint32_t shared_a_;           // where the thread's first chunk of A goes, in the first stage
+  uint32_t shared_b_;           // and that of B
+  uint32_t copies_;             // which of the thread's copies the tile has
+  const char* a_ = nullptr;     // of the input, at the thread's chunk of the step
+  uint32_t row_a_[T::kLoadsA];  // where its rows of the input begin, in chunks of 16 bytes
+  const char* b_ = nullptr;     // the thread's first weight row, at its chunk of the step
   // Weights that are widened:
   const char* stored_;  // the thread's first chunk in the first stage
   char* wide_;          // the thread's first row in the first of the two buffers

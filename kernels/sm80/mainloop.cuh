@@ -34,17 +34,18 @@ class Mainloop {
   using Accumulators = float[kMmaM][kMmaN][4];
   static constexpr int kParts = T::kStep / 16;  // of a step: the k of one mma each
 
-  __device__ Mainloop(const char* shared, uint32_t) : shared_(shared) {
+  __device__ Mainloop(const char* shared, uint32_t) {
+    const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     const int lane = threadIdx.x % 32;
     const WarpPlace warp = GetWarpPlace<T>();
     // Matrices in the order (rows 0-7, k 0-7), (rows 8-15, k 0-7), (0-7, 8-15), (8-15, 8-15).
     const int row = lane % 16;
-    offset_a_ = (warp.m * 16 + row) * T::kRowBytes;
-    swizzle_a_ = (Swizzle(row) ^ lane / 16) * 16;
+    first_a_ = base + (warp.m * 16 + row) * T::kRowBytes + (Swizzle(row) ^ lane / 16) * 16;
     // (block 0, k 0-7), (block 0, k 8-15), (block 1, k 0-7), (block 1, k 8-15).
     const int n = lane % 8 + lane / 16 * 8;
-    offset_b_ = (warp.n * T::kWarpN + n) * T::kRowBytes;
-    swizzle_b_ = (Swizzle(n) ^ lane / 8 % 2) * 16;
+    first_b_ = base + (warp.n * T::kWarpN + n) * T::kRowBytes + (Swizzle(n) ^ lane / 8 % 2) * 16;
+    // The empty asm keeps the compiler from putting them together anew at each step.
+    if constexpr (!T::kWidens) asm volatile("" : "+r"(first_a_), "+r"(first_b_));
   }
 
   // How many 16-row blocks of the warp hold any of a tile's rows.
@@ -118,12 +119,16 @@ class Mainloop {
 
   template <int kActive>
   __device__ void Load(StagePlace stage, int part, Fragments& f) const {
-    const char* a = shared_ + stage.a + offset_a_ + (part * 32 ^ swizzle_a_);
+    // Rows are kRowBytes long and begin at multiples of that, so only what the swizzle has set lies
+    // where the part is exclusive-or'ed in.
+    static_assert(T::kStageBytes % T::kRowBytes == 0 && T::kBytesA % T::kRowBytes == 0 &&
+                  T::kWidePlace % T::kRowBytes == 0 && 1024 % T::kRowBytes == 0);
+    const uint32_t a = (first_a_ + stage.a) ^ part * 32;
 #pragma unroll
     for (int m = 0; m < kActive; ++m) {
       Ldmatrix(a + m * kRowBlockStep * T::kRowBytes, f.a[m]);
     }
-    const char* b = shared_ + stage.b + offset_b_ + (part * 32 ^ swizzle_b_);
+    const uint32_t b = (first_b_ + stage.b) ^ part * 32;
 #pragma unroll
     for (int n = 0; n < kMmaN; n += 2) {
       uint32_t r[4];
@@ -149,11 +154,10 @@ class Mainloop {
   }
 
   Fragments fragments_[2];
-  const char* shared_;
-  int offset_a_;  // of the lane's first row of each operand
-  int offset_b_;
-  int swizzle_a_;  // bytes to exclusive-or into the position within that row
-  int swizzle_b_;
+  // Addresses in shared memory: where the lane's first row of each operand, at the first step of a
+  // stage at 0, lies.
+  uint32_t first_a_;
+  uint32_t first_b_;
 };
 
 }  // namespace moe::sm80

@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which tile is whose: block b of a persistent grid takes work items b, b + grid, ...
+// Which tile is whose: block b of a persistent grid takes work items b, b + grid, ... Its tiles are
+// numbered in that order: turns.
 
 #ifndef KERNELS_SM80_SCHEDULER_CUH_
 #define KERNELS_SM80_SCHEDULER_CUH_
 
 #include <cstdint>
 
+#include "kernels/sm80/traits.cuh"
 #include "moe/grouped_gemm.h"
 
 namespace moe::sm80 {
 
-struct WorkItem {
+struct alignas(16) WorkItem {
   int32_t expert;
   int32_t row_begin;  // first row of the tile
   int32_t rows;       // 1 .. tile height
@@ -52,6 +54,104 @@ struct Scheduler {
     const int32_t first = row_begin + row_tile * kTileM;
     return {raw.x, first, min(kTileM, row_end - first), column_tile * kTileColumns};
   }
+};
+
+// A block's next tiles in shared memory: one warp decodes a batch of them ahead of their use, for
+// which the others would wait at each tile, for two divisions and a load.
+//
+// What a tile needs of each of its rows, its word, is the row of the input where rows are gathered,
+// else the scale of its output: one load, or two of which the second needs the first. Where a tile
+// has many rows, a thread loads one row's over three turns, and words lie in shared memory too.
+//
+// How long entries live: copies are up to kStages tiles ahead of the mma (each has at least one step),
+// words one more. There is a barrier between Begin() of one turn and of the next.
+template <typename T>
+class TileQueue {
+ public:
+  static constexpr int kBatch = 8;
+  static constexpr bool kHasWords = T::kTile.has_words(T::kKind);
+  static constexpr int kWordTurns = T::kTile.word_turns(T::kKind);
+  static_assert(kQueueItems >= 2 * kBatch + T::kStages, "read while a batch is decoded");
+  static_assert(kWordTurns >= T::kStages + 2, "read while those of later tiles are written");
+  static_assert(!kHasWords || T::kThreads >= T::kTile.m, "a row each");
+
+  // By all threads of the block.
+  __device__ TileQueue(const GroupedGemm& gemm, char* shared)
+      : gemm_(gemm),
+        items_(reinterpret_cast<WorkItem*>(shared + T::kQueuePlace)),
+        words_(reinterpret_cast<uint32_t*>(items_ + kQueueItems)) {
+    const int32_t left = Schedule(gemm).work_items - static_cast<int32_t>(blockIdx.x);
+    turns_ = left > 0 ? (left - 1) / static_cast<int32_t>(gridDim.x) + 1 : 0;
+    if (threadIdx.x < kBatch) Decode(threadIdx.x);
+    __syncthreads();
+    if constexpr (kHasWords) {
+      if (OwnsRow()) {
+        const uint32_t first = Slot(0);
+        const uint32_t second = Slot(1);
+        slot_ = Slot(2);
+        words_[threadIdx.x] = LoadWord(first);
+        word_ = LoadWord(second);
+      }
+      __syncthreads();
+    }
+  }
+
+  __device__ int32_t turns() const { return turns_; }
+
+  // Begins the turns one after another; by all threads of the block, before the tile's copies.
+  __device__ void Begin(int32_t turn) {
+    if (turn % kBatch == 0) {
+      if (threadIdx.x < kBatch) Decode(turn + kBatch + threadIdx.x);
+      __syncwarp();
+    }
+    if constexpr (kHasWords) {
+      if (OwnsRow()) {
+        words_[(turn + 1) % kWordTurns * T::kTile.m + threadIdx.x] = word_;
+        word_ = LoadWord(slot_);
+        slot_ = Slot(turn + 3);
+      }
+    }
+  }
+
+  // The tile of the turn begun last, of one that still is multiplied, or of the next three.
+  __device__ const WorkItem& Item(int32_t turn) const { return items_[turn % kQueueItems]; }
+
+  // The word of one of its rows.
+  __device__ uint32_t Word(int32_t turn, const WorkItem& item, int row) const {
+    if constexpr (kHasWords) return words_[turn % kWordTurns * T::kTile.m + row];
+    return LoadWord(gemm_.row_slot[item.row_begin + row]);
+  }
+
+ private:
+  using Schedule = Scheduler<T::kTile.m, T::kTileColumns>;
+
+  __device__ static bool OwnsRow() { return T::kThreads == T::kTile.m || threadIdx.x < T::kTile.m; }
+
+  __device__ void Decode(int32_t turn) {
+    if (turn >= turns_) return;
+    const auto work = static_cast<int32_t>(blockIdx.x + turn * gridDim.x);
+    items_[turn % kQueueItems] = Schedule(gemm_).Decode(work);
+  }
+
+  // Of the thread's row. Where it has none, any slot will do.
+  __device__ uint32_t Slot(int32_t turn) const {
+    if (turn >= turns_) return 0;
+    const WorkItem& item = Item(turn);
+    const auto row = static_cast<int32_t>(threadIdx.x);
+    return row < item.rows ? gemm_.row_slot[item.row_begin + row] : 0;
+  }
+
+  __device__ uint32_t LoadWord(uint32_t slot) const {
+    if (gemm_.gather) return slot / static_cast<uint32_t>(gemm_.top_k);
+    return gemm_.slot_scales != nullptr ? __float_as_uint(__ldg(gemm_.slot_scales + slot)) : 0;
+  }
+
+  const GroupedGemm& gemm_;
+  WorkItem* items_;
+  uint32_t* words_;  // [turns][rows]
+  int32_t turns_;
+  uint32_t word_ = 0;  // of the thread's row, one turn after the next
+  uint32_t slot_ = 0;  // and two turns after it
 };
 
 }  // namespace moe::sm80

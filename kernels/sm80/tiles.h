@@ -10,6 +10,8 @@
 
 namespace moe::sm80 {
 
+inline constexpr int kQueueItems = 32;
+
 struct Tile {
   int m, n;                     // rows and weight rows of a tile
   int warps_m, warps_n;         // how the warps of a block divide it; see slices()
@@ -44,9 +46,18 @@ struct Tile {
   constexpr int wide_bytes(WeightKind kind) const {
     return widens(kind) ? 2 * n * step(kind) * 2 : 0;
   }
+  // Has no register to spare.
+  constexpr bool lean(WeightKind kind) const { return n == 256 && widens(kind); }
+  // The queue of tiles (scheduler.cuh): items of 16 bytes, and words of the rows of some of them. Low
+  // tiles have no words: their time goes into weights, and memory for another block is worth more.
+  constexpr bool has_words(WeightKind kind) const { return m >= 128 && !lean(kind); }
+  constexpr int word_turns(WeightKind kind) const { return stages[static_cast<int>(kind)] + 2; }
+  constexpr int queue_bytes(WeightKind kind) const {
+    return kQueueItems * 16 + (has_words(kind) ? word_turns(kind) * m * 4 : 0);
+  }
   constexpr int shared_memory(WeightKind kind) const {
     return stages[static_cast<int>(kind)] * stage_bytes(kind) + wide_bytes(kind) +
-           slice_bytes(kind);
+           slice_bytes(kind) + queue_bytes(kind);
   }
   constexpr int step(WeightKind kind) const { return k[static_cast<int>(kind)]; }
 };

@@ -100,10 +100,12 @@ struct Traits {
   static constexpr int kStageBytes = kTile.stage_bytes(kKind);
   static constexpr int kSharedMemory = kTile.shared_memory(kKind);
   // Byte offsets: of the scales in their stage; of the two buffers, behind the stages; of the sums
-  // that slices give each other, behind those.
+  // that slices give each other, behind those; of the queue of tiles, at the end.
   static constexpr int kScalesPlace = kBytesA + kTile.n * kStoredChunks * 16;
   static constexpr int kWidePlace = kStages * kStageBytes;
   static constexpr int kSliceSumsPlace = kWidePlace + kTile.wide_bytes(kKind);
+  static constexpr int kQueuePlace = kSliceSumsPlace + kTile.slice_bytes(kKind);
+  static_assert(kQueuePlace + kTile.queue_bytes(kKind) == kSharedMemory);
 
   // Loads of a stage: a thread takes one chunk of every kRowStep-th row.
   static constexpr int kRowStepA = kThreads / kChunks;
