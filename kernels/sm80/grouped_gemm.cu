@@ -126,7 +126,11 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       stage = next;
       wide ^= 1;
     }
-    if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, queue, turn, acc);
+    // The empty asm keeps the compiler from carrying the item's address through the loop over k, for
+    // which there is no register where two sets of sums are held: the tile of 32x64 spilled.
+    int32_t same = turn;
+    if constexpr (T::kScaleSums) asm volatile("" : "+r"(same));
+    if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, queue, same, acc);
   }
 }
 
