@@ -33,7 +33,7 @@ struct GroupedGemm {
   const float* swiglu_beta = nullptr;      // [experts]; null: 0
   const float* swiglu_limit = nullptr;     // [experts]; null: infinity, 7 for SwigluStep
   const int32_t* row_slot = nullptr;       // [rows]
-  const float* slot_scales = nullptr;      // [slots]; null: 1
+  const float* slot_scales = nullptr;      // [slots]; null: 1, as where rows are gathered
   void* out = nullptr;                     // [rows, columns] out_dtype
   const RowTile* row_tiles = nullptr;      // device list
   const int32_t* num_row_tiles = nullptr;  // device scalar

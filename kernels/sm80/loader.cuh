@@ -227,8 +227,8 @@ class Loader {
   __device__ static int RowA() { return threadIdx.x / T::kChunks; }
   __device__ static int RowB() { return threadIdx.x / T::kStoredChunks; }
 
-  // A chunk of 16 bytes by its number. In C++ it is one instruction, in assembly two that want fewer
-  // registers.
+  // A chunk of 16 bytes by its number. In C++ it is one instruction, in assembly two that want
+  // fewer registers.
   __device__ static const char* Chunk(const char* base, uint32_t number) {
     if constexpr (T::kTile.lean(T::kKind)) return WideOffset(base, number, 16);
     return base + static_cast<uint64_t>(number) * 16;

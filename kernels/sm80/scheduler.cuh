@@ -56,15 +56,17 @@ struct Scheduler {
   }
 };
 
-// A block's next tiles in shared memory: one warp decodes a batch of them ahead of their use, for
-// which the others would wait at each tile, for two divisions and a load.
+// A block's next tiles, in shared memory. One warp decodes a batch of them ahead of their use:
+// decoding takes a load and two or three divisions, for which all warps would wait at each tile.
 //
 // What a tile needs of each of its rows, its word, is the row of the input where rows are gathered,
 // else the scale of its output: one load, or two of which the second needs the first. Where a tile
 // has many rows, a thread loads one row's over three turns, and words lie in shared memory too.
 //
-// How long entries live: copies are up to kStages tiles ahead of the mma (each has at least one step),
-// words one more. There is a barrier between Begin() of one turn and of the next.
+// How long entries live: copies are up to kStages tiles ahead of the mma (each has at least one
+// step), words one more. Between Begin() of one turn and of the next there must be a barrier, at
+// which what the former wrote becomes visible and after which what the latter overwrites is read
+// no more.
 template <typename T>
 class TileQueue {
  public:
@@ -148,8 +150,8 @@ class TileQueue {
 
   const GroupedGemm& gemm_;
   WorkItem* items_;
-  uint32_t* words_;  // [turns][rows]
-  int32_t turns_;
+  uint32_t* words_;    // [kWordTurns][rows]
+  int32_t turns_;      // of the block
   uint32_t word_ = 0;  // of the thread's row, one turn after the next
   uint32_t slot_ = 0;  // and two turns after it
 };

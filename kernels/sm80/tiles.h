@@ -10,7 +10,7 @@
 
 namespace moe::sm80 {
 
-inline constexpr int kQueueItems = 32;
+inline constexpr int kQueueItems = 32;  // tiles in a block's queue (scheduler.cuh)
 
 struct Tile {
   int m, n;                     // rows and weight rows of a tile
@@ -46,10 +46,10 @@ struct Tile {
   constexpr int wide_bytes(WeightKind kind) const {
     return widens(kind) ? 2 * n * step(kind) * 2 : 0;
   }
-  // Has no register to spare.
+  // Whether the kernel has no register to spare.
   constexpr bool lean(WeightKind kind) const { return n == 256 && widens(kind); }
-  // The queue of tiles (scheduler.cuh): items of 16 bytes, and words of the rows of some of them. Low
-  // tiles have no words: their time goes into weights, and memory for another block is worth more.
+  // The queue of tiles: items of 16 bytes, and words of the rows of some of them. Low tiles have no
+  // words: their time goes into weights, and memory for another block is worth more.
   constexpr bool has_words(WeightKind kind) const { return m >= 128 && !lean(kind); }
   constexpr int word_turns(WeightKind kind) const { return stages[static_cast<int>(kind)] + 2; }
   constexpr int queue_bytes(WeightKind kind) const {

@@ -105,6 +105,7 @@ struct Traits {
   static constexpr int kWidePlace = kStages * kStageBytes;
   static constexpr int kSliceSumsPlace = kWidePlace + kTile.wide_bytes(kKind);
   static constexpr int kQueuePlace = kSliceSumsPlace + kTile.slice_bytes(kKind);
+  static_assert(kQueuePlace % 16 == 0, "an item is stored and loaded as 16 bytes");
   static_assert(kQueuePlace + kTile.queue_bytes(kKind) == kSharedMemory);
 
   // Loads of a stage: a thread takes one chunk of every kRowStep-th row.
