@@ -47,7 +47,8 @@ void CheckSizes(const Problem& problem, size_t workspace_bytes, size_t workspace
                                 " experts, must be at most " + std::to_string(kMaxLocalExperts) +
                                 " a rank; spread them over more expert-parallel ranks");
   }
-  // Rows of the input and of the intermediate values are found by a count of 16 bytes in 32 bits.
+  // Rows of the input and of the intermediate values, and an expert's gate rows from its up rows,
+  // are found by a count of 16 bytes in 32 bits.
   constexpr int64_t kMaxValues = int64_t{1} << 35;
   const int64_t values = std::max(problem.num_tokens * problem.hidden_size,
                                   problem.num_slots() * problem.intermediate_size);
@@ -55,6 +56,12 @@ void CheckSizes(const Problem& problem, size_t workspace_bytes, size_t workspace
     throw std::invalid_argument(
         "input: the input or the intermediate values are " + std::to_string(values) +
         " numbers, must be below 2^35 (64 GiB); split the tokens into several calls");
+  }
+  const int64_t weights_of_expert = int64_t{problem.hidden_size} * problem.intermediate_size;
+  if (weights_of_expert >= kMaxValues) {
+    throw std::invalid_argument("fc1_expert_weights: hidden_size * intermediate_size is " +
+                                std::to_string(weights_of_expert) +
+                                ", must be below 2^35; divide the experts by tensor parallelism");
   }
   if (problem.group_size > 0) {
     // Kernels count the scales of a tensor in 32 bits, and where few tokens are served its 16 bytes
