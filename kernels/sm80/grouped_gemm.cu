@@ -127,9 +127,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
       wide ^= 1;
     }
     // The empty asm keeps the compiler from carrying the item's address through the loop over k, for
-    // which there is no register where two sets of sums are held: the tile of 32x64 spilled.
+    // which there is no register where two sets of sums of 32 rows are held: the 32x64 tile spilled.
     int32_t same = turn;
-    if constexpr (T::kScaleSums) asm volatile("" : "+r"(same));
+    if constexpr (T::kScaleSums && T::kTile.m >= 32) asm volatile("" : "+r"(same));
     if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, queue, same, acc);
   }
 }
