@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "moe/finalize.h"
-#include "moe/numeric.cuh"
+#include "moe/sum_rows.cuh"
 
 namespace moe {
 namespace {
@@ -23,33 +23,9 @@ __global__ void __launch_bounds__(kThreads)
   if (vector >= vectors) return;
   const int64_t token = blockIdx.x;
   const int32_t* token_rows = slot_to_row + token * top_k;
-
-  float2 sum[kColumns / 2] = {};
-  for (int j0 = 0; j0 < top_k; j0 += kRowsInFlight) {
-    uint4 loaded[kRowsInFlight];
-    bool present[kRowsInFlight];
-#pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      const int32_t row = j0 + j < top_k ? token_rows[j0 + j] : -1;
-      present[j] = row >= 0;
-      if (present[j]) loaded[j] = __ldcs(rows + static_cast<int64_t>(row) * vectors + vector);
-    }
-#pragma unroll
-    for (int j = 0; j < kRowsInFlight; ++j) {
-      if (!present[j]) continue;
-      const uint32_t words[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
-#pragma unroll
-      for (int c = 0; c < kColumns / 2; ++c) {
-        const float2 v = ToFloat2(AsPair<ElementOf<kDType>>(words[c]));
-        sum[c].x += v.x;
-        sum[c].y += v.y;
-      }
-    }
-  }
-  uint32_t words[4];
-#pragma unroll
-  for (int c = 0; c < kColumns / 2; ++c) words[c] = PackPair(sum[c].x, sum[c].y, kDType);
-  out[token * vectors + vector] = make_uint4(words[0], words[1], words[2], words[3]);
+  out[token * vectors + vector] = SumRows<kDType, kRowsInFlight>(
+      top_k, [&](int j) { return token_rows[j]; },
+      [&](int32_t row) { return __ldcs(rows + static_cast<int64_t>(row) * vectors + vector); });
 }
 
 template <DType kDType>

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Conversions between 16-bit storage and float32 arithmetic, and addresses.
+// Conversions between 16-bit storage and float32 arithmetic, addresses, and words of vectors.
 
 #ifndef MOE_NUMERIC_CUH_
 #define MOE_NUMERIC_CUH_
@@ -20,6 +20,12 @@ __device__ inline const char* WideOffset(const char* base, uint32_t a, uint32_t 
   uint64_t out;
   asm("mad.wide.u32 %0, %1, %2, %3;" : "=l"(out) : "r"(a), "r"(b), "l"(base));
   return reinterpret_cast<const char*>(out);
+}
+
+// One of the four words of a vector. `i` must be a constant once loops are unrolled.
+__device__ inline uint32_t Word(const uint4& v, int i) {
+  const uint32_t words[4] = {v.x, v.y, v.z, v.w};
+  return words[i];
 }
 
 // The type of a 16-bit dtype.

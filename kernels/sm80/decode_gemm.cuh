@@ -12,8 +12,8 @@
 //       k ->                       bytes of rows g, g+8, g+16, g+24: as many mma steps as these
 //   +--------+--------+            hold weights for, 4 a step. Which k a step takes does not
 //   | slice0 | slice1 | ...        matter as long as both operands agree, so the activations are
-//   +--------+--------+            read in the same order, 16 bytes of a token at a time
-//   16 up rows, 16 gate rows       (through L1, where all warps find the same ones).
+//   +--------+--------+            read in the same order, 16 bytes of a token at a time.
+//   16 up rows, 16 gate rows
 //   (or 32 rows without a gate)
 //
 // What bounds it: DRAM. A multiprocessor has kDepth chunks of each of 16 warps in flight, 2 KiB
@@ -21,6 +21,11 @@
 // way while this one's sums are added. Chunks come in batches of kDepth, each in registers of its
 // own: registers that are loaded cannot be moved before the load has ended, so a ring that shifts
 // waited for its newest load at each step.
+//
+// The activations of a chunk are loaded with its weights, batches ahead. Loaded when they are
+// wanted, they took as long as weights, though they are in L1 or L2: a multiprocessor's loads seem
+// to end in the order in which they began. And what shared memory a block takes is missing in L1,
+// through which loads pass on their way to registers: much of it slows them down.
 
 #ifndef KERNELS_SM80_DECODE_GEMM_CUH_
 #define KERNELS_SM80_DECODE_GEMM_CUH_
@@ -55,8 +60,13 @@ class DecodeGemm {
   static constexpr int kColumns = kDecodeRows / (kGated ? 2 : 1);  // of a unit
   static constexpr int kVector = 128 / WeightBits(kKind);          // weights of a 16-byte load
   static constexpr int kChunk = DecodeChunk(kKind);                // of k
-  // Chunks of a batch: as many as the registers allow.
-  static constexpr int kDepth = HasGroups(kKind) ? 3 - kTokenBlocks : 4 - kTokenBlocks;
+  // Whether activations are loaded ahead: those of a chunk of 4-bit weights are too many registers.
+  static constexpr bool kTokensAhead = !HasGroups(kKind);
+  static constexpr int kTokenVectors = kTokensAhead ? kVector / 8 : 1;  // a lane's, of a chunk
+  // Chunks of a batch.
+  static constexpr int kDepth = kKind == WeightKind::k16Bit  ? 4 - kTokenBlocks
+                                : kKind == WeightKind::k8Bit ? 2
+                                                             : 3 - kTokenBlocks;
   static constexpr int kTokens = 8 * kTokenBlocks;
   static constexpr int kWarpSums = DecodeWarpSums(kTokenBlocks);
 
@@ -88,6 +98,23 @@ class DecodeGemm {
   // this before the barrier that Run() needs.
   __device__ __forceinline__ void Prime() { LoadBatch<0>(); }
 
+  // And those of the activations that go with them, behind that barrier.
+  __device__ __forceinline__ void PrimeTokens() {
+    if constexpr (kTokensAhead) {
+      const int unit = FirstUnit();
+      if (unit >= Plan().units) return;
+      uint32_t token[kTokenBlocks];
+      BeginTokens(GetPass(unit / ColumnUnits()), token);
+      int k = Plan().slice * kChunk;
+#pragma unroll
+      for (int i = 0; i < kDepth; ++i) {
+        LoadTokens(batch_[i], k, token);
+        MoveTokens(token);
+        k += Slices() * kChunk;
+      }
+    }
+  }
+
   __device__ __forceinline__ void Run() {
     int unit = FirstUnit();
 #pragma unroll 1
@@ -95,7 +122,9 @@ class DecodeGemm {
       if (FirstLane()) Plan().unit = unit;
       int handed_out = 0;
       if (Asks()) handed_out = atomicAdd(counter_, 1);
-      BeginTokens(GetPass(unit / ColumnUnits()));
+      const Pass pass = GetPass(unit / ColumnUnits());
+      if constexpr (!kTokensAhead) BeginTokens(pass, token_);
+      LoadSlotScale(pass);
       float acc[2][kTokenBlocks][4] = {};
 #pragma unroll 1
       for (int k = Plan().slice * kChunk; k < gemm_.k; k += kDepth * Slices() * kChunk) {
@@ -137,6 +166,7 @@ class DecodeGemm {
   // What a lane holds of a chunk: rows [block of 16][upper, lower half].
   struct Raw {
     uint4 row[2][2];
+    uint4 token[kTokenBlocks][kTokenVectors];  // if kTokensAhead
     uint32_t scale[kScales];
   };
 
@@ -170,6 +200,8 @@ class DecodeGemm {
     slices_ = 1;
     while (slices_ < 16 && 16 * slices_ <= Chunks()) slices_ *= 2;
     while (slices_ < 16 && 2 * slices_ <= Chunks() && 2 * Units() < Workers()) slices_ *= 2;
+    // Where few groups would have a second unit, all get one.
+    if (Units() > Workers() && 2 * Units() <= 3 * Workers() && slices_ > 1) slices_ /= 2;
   }
 
   __device__ __forceinline__ void BeginLoads(int unit) {
@@ -205,17 +237,18 @@ class DecodeGemm {
     } else if constexpr (HasGroups(kKind)) {
       scale_ = static_cast<uint32_t>(vector);
     }
+    if constexpr (kTokensAhead) BeginTokens(GetPass(pass), token_);
   }
 
   __device__ uint32_t ScaleBytes() const {
     return gemm_.weight_scale_dtype == DType::kFloat32 ? 4 : 2;
   }
 
-  // Loads chunks kFirst .. kDepth - 1 of a batch, and moves on to the next one.
+  // Loads the weights of chunks kFirst .. kDepth - 1 of a batch, and moves on to the next one.
   template <int kFirst>
   __device__ __forceinline__ void LoadBatch() {
     if constexpr (kFirst < kDepth) {
-      Load(batch_[kFirst]);
+      Load<false>(batch_[kFirst]);
       LoadBatch<kFirst + 1>();
     } else {
       EndLoads();
@@ -228,13 +261,14 @@ class DecodeGemm {
   __device__ __forceinline__ void MultiplyBatch(int k, float (&acc)[2][kTokenBlocks][4]) {
     if constexpr (kFirst < kDepth) {
       if (k < gemm_.k) Multiply(batch_[kFirst], k, acc);
-      Load(batch_[kFirst]);
+      Load<true>(batch_[kFirst]);
       MultiplyBatch<kFirst + 1>(k + Slices() * kChunk, acc);
     } else {
       EndLoads();
     }
   }
 
+  template <bool kActivationsToo>
   __device__ __forceinline__ void Load(Raw& raw) {
     const int k = load_k_ + (kScaleSums ? 0 : Quad() * kVector);
     const bool inside = k < gemm_.k;
@@ -272,6 +306,10 @@ class DecodeGemm {
       LoadScaleBits<kKind>(gemm_.weight_scales, index, gemm_.weight_scale_dtype, raw.scale);
       scale_ += Slices() * 4;
     }
+    if constexpr (kTokensAhead) {
+      if constexpr (kActivationsToo) LoadTokens(raw, load_k_, token_);
+      MoveTokens(token_);
+    }
     load_k_ += Slices() * kChunk;
   }
 
@@ -289,34 +327,58 @@ class DecodeGemm {
     }
   }
 
-  // Tokens are read by ordinary loads, not by __ldg: those of GEMM 2 were written in this launch.
-  __device__ __forceinline__ void BeginTokens(const Pass& pass) {
+  // The lane's first 16 bytes of each of its tokens of a pass.
+  __device__ __forceinline__ void BeginTokens(const Pass& pass,
+                                              uint32_t (&token)[kTokenBlocks]) const {
 #pragma unroll
     for (int t = 0; t < kTokenBlocks; ++t) {
       // Columns beyond the pass's slots repeat the last; what comes of them is not stored.
       const int slot = Shared::Slots()[pass.first_slot + min(t * 8 + Row(), pass.num_slots - 1)];
       const int source = gemm_.gather ? slot / gemm_.top_k : slot;
-      token_[t] = source * (gemm_.k / 8) + (Plan().slice * kChunk + Quad() * kVector) / 8;
+      token[t] = source * (gemm_.k / 8) + (Plan().slice * kChunk + Quad() * kVector) / 8;
+    }
+  }
+
+  __device__ __forceinline__ void MoveTokens(uint32_t (&token)[kTokenBlocks]) const {
+#pragma unroll
+    for (int t = 0; t < kTokenBlocks; ++t) token[t] += Slices() * (kChunk / 8);
+  }
+
+  // The lane's values of a chunk; beyond the end of k they count as 0. By ordinary loads, not by
+  // __ldg: those of GEMM 2 were written in this launch.
+  __device__ __forceinline__ void LoadTokens(Raw& raw, int k,
+                                             const uint32_t (&token)[kTokenBlocks]) const {
+    const bool inside = k + Quad() * kVector < gemm_.k;
+#pragma unroll
+    for (int t = 0; t < kTokenBlocks; ++t) {
+#pragma unroll
+      for (int i = 0; i < kTokenVectors; ++i) {
+        raw.token[t][i] = make_uint4(0, 0, 0, 0);
+        if (inside) raw.token[t][i] = static_cast<const uint4*>(gemm_.a)[token[t] + i];
+      }
     }
   }
 
   __device__ __forceinline__ void Multiply(const Raw& raw, int k,
                                            float (&acc)[2][kTokenBlocks][4]) {
-    const uint4* tokens[kTokenBlocks];
-#pragma unroll
-    for (int t = 0; t < kTokenBlocks; ++t) {
-      tokens[t] = static_cast<const uint4*>(gemm_.a) + token_[t];
-      token_[t] += Slices() * (kChunk / 8);
-    }
-    if constexpr (kScaleSums) {
-      MultiplyScaleSums<Element>(raw.row, tokens, raw.scale[0], gemm_.weight_scale_dtype, acc);
+    if constexpr (kTokensAhead) {
+      const uint32_t context[4] = {weight_flip_, weight_flip_, weight_flip_, weight_flip_};
+      MultiplyScaleWeights<Element, kKind>(raw.row, raw.token, true, context, acc);
     } else {
-      uint32_t context[4] = {weight_flip_, weight_flip_, weight_flip_, weight_flip_};
-      if constexpr (HasGroups(kKind)) {
-        GroupScales<Element, kKind>(raw.scale, gemm_.weight_scale_dtype, context);
+      const uint4* tokens[kTokenBlocks];
+#pragma unroll
+      for (int t = 0; t < kTokenBlocks; ++t) {
+        tokens[t] = static_cast<const uint4*>(gemm_.a) + token_[t];
       }
-      const bool inside = k + Quad() * kVector < gemm_.k;
-      MultiplyScaleWeights<Element, kKind>(raw.row, tokens, inside, context, acc);
+      MoveTokens(token_);
+      if constexpr (kScaleSums) {
+        MultiplyScaleSums<Element>(raw.row, tokens, raw.scale[0], gemm_.weight_scale_dtype, acc);
+      } else {
+        uint32_t context[4];
+        GroupScales<Element, kKind>(raw.scale, gemm_.weight_scale_dtype, context);
+        const bool inside = k + Quad() * kVector < gemm_.k;
+        MultiplyScaleWeights<Element, kKind>(raw.row, tokens, inside, context, acc);
+      }
     }
   }
 
@@ -345,13 +407,24 @@ class DecodeGemm {
     const Pass pass = GetPass(unit / ColumnUnits());
     const int first_column = unit % ColumnUnits() * kColumns;
     StoreOutputs(gemm_, pass, first_column, Slice() * 32 + threadIdx.x % 32, SlicesLog2(),
-                 sums + (Warp() - Slice()) * kWarpSums);
+                 sums + (Warp() - Slice()) * kWarpSums, slot_scale_);
+  }
+
+  // What scales the first output that the thread will store: asked for in time, for it may take as
+  // long as weights.
+  __device__ __forceinline__ void LoadSlotScale(const Pass& pass) {
+    if constexpr (!kGated) {
+      const int token = (Slice() * 32 + threadIdx.x % 32) / kColumns;
+      if (gemm_.slot_scales != nullptr && token < pass.num_slots) {
+        slot_scale_ = __ldg(gemm_.slot_scales + Shared::Slots()[pass.first_slot + token]);
+      }
+    }
   }
 
   // Static, for an address of the object that is taken would put it into memory.
   __device__ __forceinline__ static void StoreOutputs(const GroupedGemm& gemm, const Pass& pass,
                                                       int first_column, int thread, int slices_log2,
-                                                      const float* sums) {
+                                                      const float* sums, float slot_scale) {
     const int64_t expert_row = static_cast<int64_t>(pass.expert) * gemm.columns * (kGated ? 2 : 1);
     DispatchActivation<kGated>(gemm.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
@@ -373,7 +446,9 @@ class DecodeGemm {
           value = Apply<kActivation>(
               Channel(gemm, expert_row + column,
                       Add(p + in_unit / 16 * kTokens * kDecodePitch, slices_log2)));
-          if (gemm.slot_scales != nullptr) value *= __ldg(gemm.slot_scales + slot);
+          if (gemm.slot_scales != nullptr) {
+            value *= i == thread ? slot_scale : __ldg(gemm.slot_scales + slot);
+          }
         }
         static_cast<uint16_t*>(gemm.out)[slot * gemm.columns + column] =
             static_cast<uint16_t>(PackPair(value, value, gemm.out_dtype));
@@ -410,8 +485,10 @@ class DecodeGemm {
   const uint4* vector_;         // the lane's, of its first row
   uint32_t to_vector_[3] = {};  // how many vectors its others are further on
   uint32_t scale_ = 0;          // kScaleSums: its scale, in bytes; else the number of that vector
-  // Of the unit that is multiplied.
-  uint32_t token_[kTokenBlocks];  // the lane's next 16 bytes of each of its tokens
+  // The lane's next 16 bytes of each of its tokens: of the unit that is loaded, if kTokensAhead,
+  // else of the one that is multiplied.
+  uint32_t token_[kTokenBlocks] = {};
+  float slot_scale_ = 0.0f;  // of the unit that is multiplied
 };
 
 }  // namespace moe::sm80

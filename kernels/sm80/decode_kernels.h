@@ -45,11 +45,11 @@ struct DecodePlan {
 };
 
 // Of a block, in bytes: the sums; the lists of decode_route.cuh, of passes (one a slot at most, an
-// end mark and a spare entry) and of slots; the number of passes; the plans. The table of experts,
-// which only routing uses, lies where the sums come later.
+// end mark and a spare entry), of slots and of a bit a slot; the number of passes; the plans. The
+// table of experts, which only routing uses, lies where the sums come later.
 constexpr int DecodeSharedMemory(int token_blocks) {
-  return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2 + 4 +
-         kDecodeWarps * static_cast<int>(sizeof(DecodePlan));
+  return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2 +
+         kDecodeMaxSlots / 8 + 4 + kDecodeWarps * static_cast<int>(sizeof(DecodePlan));
 }
 // More than the kernels have that is not dynamic.
 inline constexpr int kDecodeStaticSharedMemory = 1024;

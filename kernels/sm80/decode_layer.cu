@@ -18,19 +18,20 @@
 
 #include <cooperative_groups.h>
 
+#include <utility>
+
 #include "kernels/sm80/decode.h"
 #include "kernels/sm80/decode_gemm.cuh"
 #include "kernels/sm80/decode_route.cuh"
 #include "kernels/sm80/shared_memory.h"
-#include "moe/numeric.cuh"
 #include "moe/problem.h"
+#include "moe/sum_rows.cuh"
 
 namespace moe::sm80 {
 namespace {
 
-// As moe/finalize.cu does: in float32, in the order of a token's choices, rounded once. A thread
-// takes eight columns of a token.
-template <typename Pair>
+// A thread takes eight columns of a token.
+template <DType kDType, int kTokenBlocks>
 __device__ void Finalize(const DecodeLayer& layer) {
   constexpr int kRowsInFlight = 8;  // independent loads of a thread
   const GroupedGemm& gemm = layer.gemm[1];
@@ -40,37 +41,18 @@ __device__ void Finalize(const DecodeLayer& layer) {
   for (int i = blockIdx.x * kDecodeThreads + threadIdx.x; i < layer.num_tokens * vectors;
        i += gridDim.x * kDecodeThreads) {
     const int token = i / vectors;
-    float2 sum[4] = {};
-#pragma unroll 1
-    for (int j0 = 0; j0 < top_k; j0 += kRowsInFlight) {
-      uint4 loaded[kRowsInFlight];
-      bool present[kRowsInFlight];
-#pragma unroll
-      for (int j = 0; j < kRowsInFlight; ++j) {
-        const int slot = token * top_k + j0 + j;
-        present[j] = j0 + j < top_k && ExpertOf(layer, slot) >= 0;
+    static_cast<uint4*>(layer.output)[i] = SumRows<kDType, kRowsInFlight>(
+        top_k,
+        [&](int j) {
+          const int slot = token * top_k + j;
+          const uint32_t present = DecodeShared<kTokenBlocks>::Present()[slot / 32];
+          return (present >> slot % 32 & 1) != 0 ? slot : -1;
+        },
         // Written by other multiprocessors: from L2.
-        if (present[j]) {
-          loaded[j] = __ldcg(static_cast<const uint4*>(gemm.out) +
-                             static_cast<int64_t>(slot) * vectors + (i - token * vectors));
-        }
-      }
-#pragma unroll
-      for (int j = 0; j < kRowsInFlight; ++j) {
-        if (!present[j]) continue;
-        const uint32_t words[4] = {loaded[j].x, loaded[j].y, loaded[j].z, loaded[j].w};
-#pragma unroll
-        for (int c = 0; c < 4; ++c) {
-          const float2 v = ToFloat2(reinterpret_cast<const Pair&>(words[c]));
-          sum[c].x += v.x;
-          sum[c].y += v.y;
-        }
-      }
-    }
-    uint32_t words[4];
-#pragma unroll
-    for (int c = 0; c < 4; ++c) words[c] = PackPair(sum[c].x, sum[c].y, gemm.out_dtype);
-    static_cast<uint4*>(layer.output)[i] = make_uint4(words[0], words[1], words[2], words[3]);
+        [&](int slot) {
+          return __ldcg(static_cast<const uint4*>(gemm.out) + static_cast<int64_t>(slot) * vectors +
+                        (i - token * vectors));
+        });
   }
 }
 
@@ -88,19 +70,25 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     Gemm1 gemm(layer.gemm[0], layer.counters, weight_flip);
     gemm.Prime();
     if (gemm.HandsOut()) grid.sync();  // the counters are 0 behind it
+    gemm.PrimeTokens();
     gemm.Run();
   }
   {
     Gemm2 gemm(layer.gemm[1], layer.counters + 1, weight_flip);
-    gemm.Prime();
-    grid.sync();
+    // The first warp tells of the block's arrival, and is to wait for no loads before it does.
+    const bool tells = threadIdx.x < 32;
+    if (!tells) gemm.Prime();
+    auto arrived = grid.barrier_arrive();
+    if (tells) gemm.Prime();
+    grid.barrier_wait(std::move(arrived));
+    gemm.PrimeTokens();
     gemm.Run();
   }
   grid.sync();
   if (layer.gemm[1].out_dtype == DType::kFloat16) {
-    Finalize<__half2>(layer);
+    Finalize<DType::kFloat16, kTokenBlocks>(layer);
   } else {
-    Finalize<__nv_bfloat162>(layer);
+    Finalize<DType::kBFloat16, kTokenBlocks>(layer);
   }
 }
 

@@ -2,7 +2,7 @@
 //
 // A warp's product of a chunk of weights (DecodeChunk of k) and the tokens of its unit, in the
 // few-token layer (decode_gemm.cuh). `rows` is what a lane holds of the weights, [block of 16
-// rows][upper, lower half]; tokens[t] points to its values, of token lane / 4 of a block of 8, in
+// rows][upper, lower half]; tokens[t] has, or points to, its values, of token lane / 4 of a block of 8, in
 // the same order.
 
 #ifndef KERNELS_SM80_DECODE_MULTIPLY_CUH_
@@ -36,10 +36,10 @@ __device__ __forceinline__ void MultiplyStep(const uint32_t (&a)[2][4],
 
 // acc += weights * tokens. The scales of groups multiply each weight. `context` is what Dequantizer
 // takes, for each row. Where a lane's part of k is not `inside`, its tokens count as 0.
-template <typename Element, WeightKind kKind, int kTokenBlocks>
+template <typename Element, WeightKind kKind, typename Tokens, int kTokenBlocks>
 __device__ __forceinline__ void MultiplyScaleWeights(const uint4 (&rows)[2][2],
-                                                     const uint4* const (&tokens)[kTokenBlocks],
-                                                     bool inside, const uint32_t (&context)[4],
+                                                     const Tokens& tokens, bool inside,
+                                                     const uint32_t (&context)[4],
                                                      float (&acc)[2][kTokenBlocks][4]) {
   constexpr int kPairs = 16 / WeightBits(kKind);
   // Stored words for 16 bytes of each token's activations: 8 weights, two mma steps.
@@ -65,16 +65,15 @@ __device__ __forceinline__ void MultiplyScaleWeights(const uint4 (&rows)[2][2],
       uint32_t a[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4 row = rows[block][half];
-        const uint32_t words[4] = {row.x, row.y, row.z, row.w};
+        const uint4& row = rows[block][half];
         const uint32_t own = context[2 * block + half];
         if constexpr (HasGroups(kKind)) {
-          SpreadScaled<Element, kKind>(words[step], own, a[half]);
+          SpreadScaled<Element, kKind>(Word(row, step), own, a[half]);
         } else {
 #pragma unroll
           for (int w = 0; w < kWords; ++w) {
             uint32_t pairs[kPairs];
-            Dequantizer<Element, kKind>::Word(words[step * kWords + w], own, pairs);
+            Dequantizer<Element, kKind>::Word(Word(row, step * kWords + w), own, pairs);
 #pragma unroll
             for (int i = 0; i < kPairs; ++i) a[half][w * kPairs + i] = pairs[i];
           }
@@ -124,9 +123,7 @@ __device__ __forceinline__ void MultiplyScaleSums(const uint4 (&rows)[2][2],
       uint32_t a[2][4];
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
-        const uint4 row = rows[block][half];
-        const uint32_t words[4] = {row.x, row.y, row.z, row.w};
-        SpreadInt4(words[step], Element{}, a[half]);
+        SpreadInt4(Word(rows[block][half], step), Element{}, a[half]);
       }
       MultiplyStep<Element>(a, b, sum[block]);
     }

@@ -19,6 +19,7 @@ extern __shared__ __align__(16) char decode_shared[];
 // Where everything lies in it: at addresses known to the compiler, which take no registers.
 template <int kTokenBlocks>
 struct DecodeShared {
+  static constexpr int kPassSlots = 8 * kTokenBlocks;  // at most
   // Sums of all warps, twice.
   __device__ static float* Sums() { return reinterpret_cast<float*>(decode_shared); }
   // The passes: each has the slots from its first to the next one's; one entry more marks the end.
@@ -33,6 +34,10 @@ struct DecodeShared {
   // [slots] by expert.
   __device__ static uint16_t* Slots() {
     return reinterpret_cast<uint16_t*>(Passes() + kDecodeMaxSlots + 2);
+  }
+  // [slots], a bit each: whether the slot's expert is here.
+  __device__ static uint32_t* Present() {
+    return reinterpret_cast<uint32_t*>(Slots() + kDecodeMaxSlots);
   }
   // [warps], at the end.
   __device__ static DecodePlan* Plans() {
@@ -49,14 +54,54 @@ __device__ inline int32_t ExpertOf(const DecodeLayer& layer, int slot) {
   return LocalExpert(layer.experts[slot], layer.first_expert, layer.num_experts);
 }
 
+// Up to 32 slots, by one warp: each lane has one and compares it with all.
+template <int kTokenBlocks>
+__device__ void RouteWarp(const DecodeLayer& layer, int num_slots) {
+  using Shared = DecodeShared<kTokenBlocks>;
+  const int lane = threadIdx.x % 32;
+  const int expert = lane < num_slots ? ExpertOf(layer, lane) : -1;
+  int place = 0;      // among all slots, by expert
+  int of_expert = 0;  // among its expert's
+#pragma unroll 4
+  for (int j = 0; j < num_slots; ++j) {
+    const int other = __shfl_sync(0xffffffffu, expert, j);
+    const int before = other == expert && j < lane ? 1 : 0;
+    of_expert += before;
+    place += other >= 0 && other < expert ? 1 : before;
+  }
+  const uint32_t present = __ballot_sync(0xffffffffu, expert >= 0);
+  const bool begins = expert >= 0 && of_expert % Shared::kPassSlots == 0;  // a pass
+  const uint32_t all_begin = __ballot_sync(0xffffffffu, begins);
+  int pass = 0;
+#pragma unroll 4
+  for (int j = 0; j < num_slots; ++j) {
+    const int other = __shfl_sync(0xffffffffu, place, j);
+    pass += (all_begin >> j & 1) != 0 && other < place ? 1 : 0;
+  }
+  if (expert >= 0) Shared::Slots()[place] = static_cast<uint16_t>(lane);
+  if (begins) {
+    Shared::Passes()[pass] = {static_cast<uint16_t>(expert), static_cast<uint16_t>(place)};
+  }
+  if (lane == 0) {
+    Shared::Passes()[__popc(all_begin)] = {0, static_cast<uint16_t>(__popc(present))};
+    Shared::NumPasses() = __popc(all_begin);
+    Shared::Present()[0] = present;
+  }
+}
+
 // By the whole block. Leaves the lists, and the number of passes, in shared memory.
 template <int kTokenBlocks>
 __device__ void Route(const DecodeLayer& layer) {
   using Shared = DecodeShared<kTokenBlocks>;
-  constexpr uint32_t kPassSlots = 8 * kTokenBlocks;
+  constexpr uint32_t kPassSlots = Shared::kPassSlots;
   constexpr int kSlotsPerThread = kDecodeMaxSlots / kDecodeThreads;
   __shared__ uint32_t warp_sums[kDecodeWarps];
   const int num_slots = layer.num_tokens * layer.gemm[0].top_k;
+  if (num_slots <= 32) {
+    if (threadIdx.x < 32) RouteWarp<kTokenBlocks>(layer, num_slots);
+    __syncthreads();
+    return;
+  }
 
   for (int e = threadIdx.x; e < layer.num_experts; e += kDecodeThreads) Shared::Experts()[e] = 0;
   int32_t expert[kSlotsPerThread];
@@ -64,6 +109,8 @@ __device__ void Route(const DecodeLayer& layer) {
   for (int i = 0; i < kSlotsPerThread; ++i) {
     const int slot = threadIdx.x + i * kDecodeThreads;
     expert[i] = slot < num_slots ? ExpertOf(layer, slot) : -1;
+    const uint32_t present = __ballot_sync(0xffffffffu, expert[i] >= 0);
+    if (slot % 32 == 0) Shared::Present()[slot / 32] = present;
   }
   __syncthreads();
   // Counts an expert's slots; each gets its place among them, in any order.
