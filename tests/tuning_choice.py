@@ -38,9 +38,9 @@ H200 = {
     "shared_memory_per_block": 232448,
     "shared_memory_per_multiprocessor": 233472,
 }
-# Microseconds between the kernels of a call, which the kernels' own times leave out: in four
-# launches, and in one.
-FOUR_LAUNCHES, ONE_LAUNCH = 4.0, 2.0
+# Microseconds of a call beside its kernels' own times, in four launches and in one: the median of
+# what whole calls in CUDA graphs took longer, up to 64 tokens.
+FOUR_LAUNCHES, ONE_LAUNCH = 2.0, 0.7
 # Codes of arguments.WEIGHTS_..., and how many weights share a scale, 0 for all of a row.
 FORMATS = {
     "same": (0, 0),
@@ -161,5 +161,7 @@ def test_the_choice_is_near_the_best_that_was_timed() -> None:
     found = {f"{c['model']}, {c['weights']}, {c['tokens']} tokens": excess(c) for c in timed()}
     assert len(found) == 108, "six models, six numbers of tokens, three widths of weights"
     worst = max(found, key=lambda name: found[name])
-    assert found[worst] < 0.075, f"{worst}: {found[worst]:.1%} slower than the best"
-    assert sum(found.values()) / len(found) < 0.0065
+    assert found[worst] < 0.07, f"{worst}: {found[worst]:.1%} slower than the best"
+    above = sorted(name for name, slower in found.items() if slower > 0.04)
+    assert len(above) <= 1, f"more than 4% slower than the best: {'; '.join(above)}"
+    assert sum(found.values()) / len(found) < 0.004

@@ -1,17 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A model of waves and bytes. In tiles, a GEMM takes the longer of
+// A model of waves and bytes. In tiles, a GEMM takes a start and the longer of
 //
 //   bytes   touched weights and rows, each once, at the bandwidth that the tile can keep busy
 //   waves   (tiles in a row for the busiest block) * (time of a tile), where a tile takes
 //           steps * (step + block * blocks of rows that hold any) + tile
 //
 // joined smoothly, since near the crossing each slows the other. How many row tiles an expert
-// needs is the expectation over Poisson-distributed rows: the host does not know the routing.
+// needs is the expectation over random routing: the host does not know the ids.
 //
 // One launch for the whole layer takes a start and its weights at a bandwidth of its own.
 //
-// The costs were fitted to timings on an H200 (docs/measurements.md), up to 168 GEMMs an entry;
+// The costs were fitted to timings on an H200 (docs/measurements.md), up to 72 GEMMs an entry;
 // they are microseconds of that chip's multiprocessors. Other chips enter by multiprocessors,
 // resident blocks and shared memory. That an A100 has about 0.6 of both the matrix rate and the
 // bandwidth a multiprocessor scales all times alike and leaves the choice where it is.
@@ -43,68 +43,86 @@ struct Cost {
 
 // By tile, then bits of a weight: 16, 8, 4.
 constexpr Cost kCosts[][3] = {
-    {{0.410, 0.053, 2.14, 3.44}, {0.447, 0.056, 3.32, 4.40}, {0.141, 0.299, 3.48, 3.17}},  // 16x64
-    {{0.397, 0.009, 2.87, 3.24}, {0.370, 0.332, 3.35, 3.67}, {0.050, 0.570, 2.52, 2.50}},  // 16x128
-    {{0.845, 0.002, 1.91, 4.37}, {0.442, 0.090, 5.34, 4.04}, {0.660, 0.105, 2.97, 3.00}},  // 32x64
-    {{0.437, 0.002, 3.37, 4.13}, {0.209, 0.217, 4.78, 3.60}, {0.985, 0.224, 2.91, 3.00}},  // 32x128
-    {{0.853, 0.004, 2.85, 4.29}, {0.428, 0.039, 2.96, 4.10}, {0.749, 0.103, 2.39, 4.40}},  // 64x128
-    {{0.594, 0.088, 3.38, 4.40},
-     {0.850, 0.063, 4.85, 4.40},
-     {0.787, 0.082, 4.18, 4.40}},  // 128x128
-    {{0.646, 0.070, 4.58, 4.10},
-     {0.884, 0.056, 4.92, 4.28},
-     {0.891, 0.065, 4.49, 3.00}},  // 128x256
-    {{0.471, 0.048, 3.93, 4.40},
-     {0.607, 0.042, 4.73, 4.40},
-     {0.730, 0.040, 4.06, 3.00}},  // 256x128
+    {{0.375, 0.019, 0.90, 4.41}, {0.074, 0.298, 1.57, 4.21}, {0.150, 0.290, 1.07, 2.64}},  // 16x64
+    {{0.315, 0.019, 0.30, 4.18}, {0.020, 0.543, 1.24, 3.85}, {0.020, 0.542, 0.92, 2.79}},  // 16x128
+    {{0.174, 0.359, 1.10, 4.36}, {0.355, 0.122, 2.07, 3.85}, {0.442, 0.146, 1.37, 2.29}},  // 32x64
+    {{0.195, 0.098, 1.61, 4.22}, {0.020, 0.231, 3.15, 3.66}, {0.243, 0.356, 1.51, 2.53}},  // 32x128
+    {{0.441, 0.081, 1.73, 4.21}, {0.363, 0.049, 3.20, 3.34}, {0.540, 0.120, 2.57, 2.37}},  // 64x128
+    {{0.176, 0.142, 0.67, 4.04},
+     {0.822, 0.075, 1.55, 2.84},
+     {0.828, 0.072, 0.69, 4.41}},  // 128x128
+    {{0.328, 0.110, 1.04, 3.97},
+     {0.570, 0.091, 3.63, 2.14},
+     {0.847, 0.068, 2.17, 2.00}},  // 128x256
+    {{0.302, 0.056, 1.13, 3.30},
+     {0.585, 0.040, 1.92, 4.41},
+     {0.671, 0.039, 0.79, 2.57}},  // 256x128
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
 
 constexpr double kLastResort = 1e12;  // us: beyond any time
 
-// How much longer a step takes where unpacked 4-bit weights are scaled one by one, not in sums.
-constexpr double kScalingWeights = 1.25;
+// Microseconds of a GEMM in tiles before its first bytes arrive and after its last tile.
+constexpr double kGemmStart = 3.8;
 
-// Microseconds of a layer in tiles beside those of its GEMMs: routing, finalize, four launches.
-constexpr double kTilesOverhead = 11.0;
+// Where unpacked 4-bit weights are scaled one by one, not in sums, that takes so long a k step: us a
+// weight row of the blocks that a multiprocessor holds.
+constexpr double kScaledRow = 0.0030;
 
-// One launch for the layer takes `start` and its weights, as often as they are passed over.
-struct DecodeCost {
-  double start;      // us
-  double bandwidth;  // TB/s of the whole chip
+// Microseconds of a layer in tiles beside its GEMMs: routing, finalize, what passes between four
+// launches.
+constexpr double kTilesOverhead = 7.1;
+
+// One launch for the layer takes a start, routing included, and its weights, as often as they are
+// passed over.
+constexpr double kLayerStart = 11.3;  // us
+// TB/s of the whole chip, by kernel, then bits of a weight.
+constexpr double kDecodeBandwidths[][3] = {
+    {4.17, 3.72, 3.04},
+    {4.14, 3.47, 2.45},
 };
-
-// By kernel, then bits of a weight.
-constexpr DecodeCost kDecodeCosts[][3] = {
-    {{15.2, 4.20}, {15.5, 3.64}, {14.3, 2.90}},
-    {{14.9, 4.07}, {14.8, 3.32}, {14.4, 2.33}},
-};
-static_assert(sizeof(kDecodeCosts) / sizeof(kDecodeCosts[0]) == kNumDecodeKernels, "one row each");
+static_assert(sizeof(kDecodeBandwidths) / sizeof(kDecodeBandwidths[0]) == kNumDecodeKernels,
+              "one row each");
+// How much longer its 4-bit weights take where they are scaled one by one.
+constexpr double kScaledLayer = 1.18;
 
 constexpr int CostColumn(WeightKind kind) {
   return kind == WeightKind::k16Bit ? 0 : kind == WeightKind::k8Bit ? 1 : 2;
 }
 
-// Expected ceil(X / height) for a Poisson X of the given mean: the sum over j of P(X > j * height),
-// by a logistic approximation of the normal distribution.
-double RowTiles(double mean, int height) {
-  if (mean > 4.0 * height) return mean / height + 0.5;
-  const double deviation = std::sqrt(mean);
-  double tiles = 1.0 - std::exp(-mean);
-  for (int j = 1; j * height < mean + 4.0 * deviation; ++j) {
-    tiles += 1.0 / (1.0 + std::exp(1.702 * (j * height + 0.5 - mean) / deviation));
-  }
-  return tiles;
+// ceil() of what is a whole number but for rounding, or is none.
+double Ceil(double x) { return std::ceil(x - 1e-9); }
+
+// The rows of an expert, where each token chooses it with the same probability.
+struct ExpertRows {
+  double mean;
+  double deviation;
+  double touched;  // the probability that there are any
+};
+
+ExpertRows RowsPerExpert(const Problem& problem) {
+  const double chosen =
+      std::min(1.0, static_cast<double>(problem.top_k) / std::max(problem.num_experts, 1));
+  const double tokens = std::max(static_cast<double>(problem.num_tokens), 1e-6);
+  return {tokens * chosen, std::sqrt(tokens * chosen * (1.0 - chosen)),
+          1.0 - std::pow(1.0 - chosen, tokens)};
 }
 
-double RowsPerExpert(const Problem& problem) {
-  return std::max(problem.expected_local_slots() / problem.num_local_experts, 1e-6);
+// Expected ceil(rows / height): the sum over j of P(rows > j * height), by a logistic approximation
+// of the normal distribution.
+double RowTiles(const ExpertRows& rows, int height) {
+  if (rows.mean > 4.0 * height) return rows.mean / height + 0.5;
+  double tiles = rows.touched;
+  for (int j = 1; j * height < rows.mean + 4.0 * rows.deviation; ++j) {
+    tiles += 1.0 / (1.0 + std::exp(1.702 * (j * height + 0.5 - rows.mean) / rows.deviation));
+  }
+  return tiles;
 }
 
 // What a GEMM's cost depends on besides the tile.
 struct Shape {
   double experts;
-  double rows_per_expert;
+  ExpertRows rows;     // of each
   double weight_rows;  // of an expert
   double k;
   double bytes;
@@ -115,8 +133,12 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
   const Tile& tile = kTiles[index];
   const Cost& cost = kCosts[index][CostColumn(kind)];
   const double column_tiles = std::ceil(shape.weight_rows / tile.n);
-  const double row_tiles = RowTiles(shape.rows_per_expert, tile.m);
-  const double row_blocks = RowTiles(shape.rows_per_expert, tile.unpacks(kind) ? 8 : 16);
+  const double row_tiles = RowTiles(shape.rows, tile.m);
+  // Of the busiest block's tiles: an expert's row tiles follow each other in the list that blocks
+  // walk in strides of the grid, which few row tiles divide, so that some blocks get full ones only.
+  const int block_height = tile.unpacks(kind) ? 8 : 16;
+  const double row_blocks = std::min(RowTiles(shape.rows, block_height) / shape.rows.touched,
+                                     static_cast<double>(tile.m / block_height));
 
   // Blocks of a multiprocessor share it: alone, each runs faster, down to the 8 warps that the
   // mainloop needs to hide its own latency.
@@ -126,21 +148,21 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
   const double sharing = resident / fitted * std::max(1.0, 8.0 / warps);
 
   const double steps = std::ceil(shape.k / tile.step(kind));
-  const bool scales_weights =
-      HasGroups(kind) && tile.unpacks(kind) && shape.group_size % tile.step(kind) != 0;
-  const double step =
-      (scales_weights ? kScalingWeights : 1.0) * (cost.step + cost.block * row_blocks / row_tiles);
+  double step = cost.step + cost.block * row_blocks;
+  if (HasGroups(kind) && tile.unpacks(kind) && shape.group_size % tile.step(kind) != 0) {
+    step = std::hypot(step, kScaledRow * fitted * tile.n);
+  }
   const double tile_time = sharing * (steps * step + cost.tile);
   const double waves =
       shape.experts * row_tiles * column_tiles / (device.multiprocessors * resident);
-  // Few waves end together; over many, blocks that finish early take what is left.
-  const double longest = std::max(1.0, waves < 4.0 ? std::ceil(waves) : waves + 0.5);
+  // Few waves end together; over many, the rest of the last one is as likely to be short as long.
+  const double longest = std::max(1.0, waves < 4.0 ? Ceil(waves) : waves + 0.5);
   const double multiprocessors = static_cast<double>(device.multiprocessors);
   const double bandwidth = cost.bandwidth * 1e6 * multiprocessors / kFittedOn.multiprocessors;
 
   const double by_waves = longest * tile_time;
   const double by_bytes = shape.bytes / bandwidth;
-  return std::sqrt(std::sqrt(std::pow(by_waves, 4) + std::pow(by_bytes, 4)));
+  return kGemmStart + std::sqrt(std::sqrt(std::pow(by_waves, 4) + std::pow(by_bytes, 4)));
 }
 
 struct TileChoice {
@@ -153,12 +175,12 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
   const WeightKind kind = KindOf(problem.weight_format);
   Shape shape;
   shape.experts = problem.num_local_experts;
-  shape.rows_per_expert = RowsPerExpert(problem);
+  shape.rows = RowsPerExpert(problem);
   shape.weight_rows = static_cast<double>(columns) * (gated ? 2 : 1);
   shape.k = k;
   shape.group_size = problem.group_size;
-  const double touched = shape.experts * (1.0 - std::exp(-shape.rows_per_expert));
-  const double rows = shape.experts * shape.rows_per_expert;
+  const double touched = shape.experts * shape.rows.touched;
+  const double rows = shape.experts * shape.rows.mean;
   shape.bytes = touched * shape.weight_rows * k * WeightBits(kind) / 8 + rows * 2.0 * (k + columns);
 
   // Where none fits, the launch refuses the first, naming it and the limit.
@@ -166,24 +188,47 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
   for (int tile = 0; tile < kNumTiles; ++tile) {
     if (ResidentBlocks(tile, kind, device) == 0) continue;
     double time = Microseconds(tile, kind, shape, device);
-    // Low tiles were timed where an expert takes up to 8 of them. With more, only if nothing else
-    // fits: each reads the expert's weights from L2 again, which the model leaves out.
-    if (kTiles[tile].m <= 32 && shape.rows_per_expert > 8 * kTiles[tile].m) time += kLastResort;
+    // Low tiles were the best where one takes an expert's rows. Beyond, only if nothing else fits:
+    // each reads the expert's weights from L2 again, which the model leaves out.
+    if (kTiles[tile].m <= 32 && shape.rows.mean > kTiles[tile].m) time += kLastResort;
     if (time < best.microseconds) best = {tile, time};
   }
   return best;
 }
 
+// How much longer a GEMM of the whole-layer kernel takes for its units of work (decode_gemm.cuh),
+// which its groups of warps do not share evenly. Where some have one more than others, those have
+// the bandwidth to themselves in the end: of the time that all would take, about half shows.
+double UnevenUnits(double passes, bool gated, int columns, int k, WeightKind kind,
+                   const Device& device) {
+  const double units = passes * std::ceil(columns / (kDecodeRows / (gated ? 2.0 : 1.0)));
+  const double chunks = std::ceil(k / static_cast<double>(DecodeChunk(kind)));
+  const double warps = static_cast<double>(kDecodeWarps) * device.multiprocessors;
+  // Warps that share a unit, as the kernel has it.
+  int slices = 1;
+  while (slices < 16 && 16 * slices <= chunks) slices *= 2;
+  while (slices < 16 && 2 * slices <= chunks && 2 * units < warps / slices) slices *= 2;
+  if (slices > 1 && units * slices > warps && 2 * units * slices <= 3 * warps) slices /= 2;
+  const double turns = units * slices / warps;
+  return (turns + Ceil(turns)) / (2.0 * turns);
+}
+
 double DecodeMicroseconds(int kernel, const Problem& problem, const Device& device) {
   const WeightKind kind = KindOf(problem.weight_format);
-  const DecodeCost& cost = kDecodeCosts[kernel][CostColumn(kind)];
   const double passes =
       problem.num_local_experts * RowTiles(RowsPerExpert(problem), 8 * kDecodeTokenBlocks[kernel]);
+  const int hidden = problem.hidden_size;
+  const int intermediate = problem.intermediate_size;
+  const bool gated = IsGated(problem.activation);
   const double weights =
-      static_cast<double>(problem.fc1_rows() + problem.intermediate_size) * problem.hidden_size;
-  const double bandwidth =
-      cost.bandwidth * 1e6 * device.multiprocessors / kFittedOn.multiprocessors;
-  return cost.start + passes * weights * WeightBits(kind) / 8 / bandwidth;
+      static_cast<double>(hidden) *
+      (problem.fc1_rows() * UnevenUnits(passes, gated, intermediate, hidden, kind, device) +
+       intermediate * UnevenUnits(passes, false, hidden, intermediate, kind, device));
+  const bool scales_weights = HasGroups(kind) && problem.group_size != DecodeChunk(kind);
+  const double bandwidth = kDecodeBandwidths[kernel][CostColumn(kind)] * 1e6 *
+                           device.multiprocessors / kFittedOn.multiprocessors;
+  return kLayerStart + passes * weights * WeightBits(kind) / 8 / bandwidth *
+                           (scales_weights ? kScaledLayer : 1.0);
 }
 
 }  // namespace
