@@ -6,7 +6,6 @@
 #ifndef MOE_PROBLEM_H_
 #define MOE_PROBLEM_H_
 
-#include <algorithm>
 #include <cstdint>
 
 namespace moe {
@@ -63,10 +62,6 @@ struct Problem {
   int64_t num_slots() const { return num_tokens * top_k; }
   int32_t fc1_rows() const {
     return IsGated(activation) ? 2 * intermediate_size : intermediate_size;
-  }
-  // Slots expected here when the router spreads them evenly over all ranks.
-  double expected_local_slots() const {
-    return static_cast<double>(num_slots()) * num_local_experts / std::max(num_experts, 1);
   }
 };
 
