@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which tile is whose: block b of a persistent grid takes work items b, b + grid, ... Its tiles are
-// numbered in that order: turns.
+// Which tile is whose: in turn t, block b of a persistent grid takes work item
+//
+//   t * grid + (b + t) % grid
+//
+// They shift by one from turn to turn because an expert's row tiles follow each other and the last
+// of them may be nearly empty: by strides of the grid (132 or 264 on an H200, 108 or 216 on an A100)
+// a block would get the same one of 2, 3 or 4 each time, and some blocks only full ones.
 
 #ifndef KERNELS_SM80_SCHEDULER_CUH_
 #define KERNELS_SM80_SCHEDULER_CUH_
@@ -82,8 +87,9 @@ class TileQueue {
       : gemm_(gemm),
         items_(reinterpret_cast<WorkItem*>(shared + T::kQueuePlace)),
         words_(reinterpret_cast<uint32_t*>(items_ + kQueueItems)) {
-    const int32_t left = Schedule(gemm).work_items - static_cast<int32_t>(blockIdx.x);
-    turns_ = left > 0 ? (left - 1) / static_cast<int32_t>(gridDim.x) + 1 : 0;
+    const auto items = static_cast<uint32_t>(Schedule(gemm).work_items);
+    const uint32_t whole = items / gridDim.x;  // turns of all blocks; some have one more
+    turns_ = static_cast<int32_t>(whole + (Work(whole) < items ? 1 : 0));
     if (threadIdx.x < kBatch) Decode(threadIdx.x);
     __syncthreads();
     if constexpr (kHasWords) {
@@ -129,9 +135,14 @@ class TileQueue {
 
   __device__ static bool OwnsRow() { return T::kThreads == T::kTile.m || threadIdx.x < T::kTile.m; }
 
+  // The number of a turn's item. Not of the block where it passes the last one.
+  __device__ static uint32_t Work(uint32_t turn) {
+    return turn * gridDim.x + (blockIdx.x + turn) % gridDim.x;
+  }
+
   __device__ void Decode(int32_t turn) {
     if (turn >= turns_) return;
-    const auto work = static_cast<int32_t>(blockIdx.x + turn * gridDim.x);
+    const auto work = static_cast<int32_t>(Work(turn));
     items_[turn % kQueueItems] = Schedule(gemm_).Decode(work);
   }
 
