@@ -161,7 +161,7 @@ def test_the_choice_is_near_the_best_that_was_timed() -> None:
     found = {f"{c['model']}, {c['weights']}, {c['tokens']} tokens": excess(c) for c in timed()}
     assert len(found) == 108, "six models, six numbers of tokens, three widths of weights"
     worst = max(found, key=lambda name: found[name])
-    assert found[worst] < 0.07, f"{worst}: {found[worst]:.1%} slower than the best"
+    assert found[worst] < 0.06, f"{worst}: {found[worst]:.1%} slower than the best"
     above = sorted(name for name, slower in found.items() if slower > 0.04)
-    assert len(above) <= 1, f"more than 4% slower than the best: {'; '.join(above)}"
+    assert len(above) <= 2, f"more than 4% slower than the best: {'; '.join(above)}"
     assert sum(found.values()) / len(found) < 0.004

@@ -43,27 +43,27 @@ struct Cost {
 
 // By tile, then bits of a weight: 16, 8, 4.
 constexpr Cost kCosts[][3] = {
-    {{0.375, 0.019, 0.90, 4.41}, {0.074, 0.298, 1.57, 4.21}, {0.150, 0.290, 1.07, 2.64}},  // 16x64
-    {{0.315, 0.019, 0.30, 4.18}, {0.020, 0.543, 1.24, 3.85}, {0.020, 0.542, 0.92, 2.79}},  // 16x128
-    {{0.174, 0.359, 1.10, 4.36}, {0.355, 0.122, 2.07, 3.85}, {0.442, 0.146, 1.37, 2.29}},  // 32x64
-    {{0.195, 0.098, 1.61, 4.22}, {0.020, 0.231, 3.15, 3.66}, {0.243, 0.356, 1.51, 2.53}},  // 32x128
-    {{0.441, 0.081, 1.73, 4.21}, {0.363, 0.049, 3.20, 3.34}, {0.540, 0.120, 2.57, 2.37}},  // 64x128
-    {{0.176, 0.142, 0.67, 4.04},
-     {0.822, 0.075, 1.55, 2.84},
-     {0.828, 0.072, 0.69, 4.41}},  // 128x128
-    {{0.328, 0.110, 1.04, 3.97},
-     {0.570, 0.091, 3.63, 2.14},
-     {0.847, 0.068, 2.17, 2.00}},  // 128x256
-    {{0.302, 0.056, 1.13, 3.30},
-     {0.585, 0.040, 1.92, 4.41},
-     {0.671, 0.039, 0.79, 2.57}},  // 256x128
+    {{0.233, 0.075, 1.05, 4.38}, {0.138, 0.260, 1.46, 4.18}, {0.124, 0.304, 1.10, 2.65}},  // 16x64
+    {{0.237, 0.075, 0.30, 4.22}, {0.020, 0.550, 1.28, 3.86}, {0.020, 0.528, 0.95, 2.80}},  // 16x128
+    {{0.046, 0.412, 1.40, 4.37}, {0.367, 0.122, 2.06, 3.86}, {0.405, 0.171, 1.37, 2.31}},  // 32x64
+    {{0.127, 0.140, 1.81, 4.27}, {0.024, 0.217, 3.32, 3.66}, {0.223, 0.361, 1.55, 2.56}},  // 32x128
+    {{0.401, 0.098, 1.75, 4.22}, {0.367, 0.050, 3.13, 3.36}, {0.521, 0.121, 2.70, 2.35}},  // 64x128
+    {{0.583, 0.096, 0.51, 4.41},
+     {0.841, 0.075, 1.45, 2.88},
+     {0.806, 0.074, 0.81, 4.35}},  // 128x128
+    {{0.614, 0.080, 0.78, 4.24},
+     {0.618, 0.087, 3.52, 2.17},
+     {0.815, 0.071, 2.33, 2.00}},  // 128x256
+    {{0.511, 0.046, 1.00, 4.41},
+     {0.593, 0.040, 1.83, 4.41},
+     {0.666, 0.038, 0.85, 2.35}},  // 256x128
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
 
 constexpr double kLastResort = 1e12;  // us: beyond any time
 
 // Microseconds of a GEMM in tiles before its first bytes arrive and after its last tile.
-constexpr double kGemmStart = 3.8;
+constexpr double kGemmStart = 3.9;
 
 // Where unpacked 4-bit weights are scaled one by one, not in sums, that takes so long a k step: us a
 // weight row of the blocks that a multiprocessor holds.
@@ -71,15 +71,15 @@ constexpr double kScaledRow = 0.0030;
 
 // Microseconds of a layer in tiles beside its GEMMs: routing, finalize, what passes between four
 // launches.
-constexpr double kTilesOverhead = 7.1;
+constexpr double kTilesOverhead = 8.5;
 
 // One launch for the layer takes a start, routing included, and its weights, as often as they are
 // passed over.
-constexpr double kLayerStart = 11.3;  // us
+constexpr double kLayerStart = 10.3;  // us
 // TB/s of the whole chip, by kernel, then bits of a weight.
 constexpr double kDecodeBandwidths[][3] = {
-    {4.17, 3.72, 3.04},
-    {4.14, 3.47, 2.45},
+    {4.45, 4.07, 3.00},
+    {4.23, 3.65, 2.42},
 };
 static_assert(sizeof(kDecodeBandwidths) / sizeof(kDecodeBandwidths[0]) == kNumDecodeKernels,
               "one row each");
@@ -202,13 +202,9 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
 double UnevenUnits(double passes, bool gated, int columns, int k, WeightKind kind,
                    const Device& device) {
   const double units = passes * std::ceil(columns / (kDecodeRows / (gated ? 2.0 : 1.0)));
-  const double chunks = std::ceil(k / static_cast<double>(DecodeChunk(kind)));
-  const double warps = static_cast<double>(kDecodeWarps) * device.multiprocessors;
-  // Warps that share a unit, as the kernel has it.
-  int slices = 1;
-  while (slices < 16 && 16 * slices <= chunks) slices *= 2;
-  while (slices < 16 && 2 * slices <= chunks && 2 * units < warps / slices) slices *= 2;
-  if (slices > 1 && units * slices > warps && 2 * units * slices <= 3 * warps) slices /= 2;
+  const int chunks = (k + DecodeChunk(kind) - 1) / DecodeChunk(kind);
+  const int warps = kDecodeWarps * device.multiprocessors;
+  const int slices = DecodeSlices(chunks, static_cast<int>(units), warps);
   const double turns = units * slices / warps;
   return (turns + Ceil(turns)) / (2.0 * turns);
 }

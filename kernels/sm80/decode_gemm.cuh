@@ -73,7 +73,7 @@ class DecodeGemm {
   // `counter` counts the units handed out; it must be 0 when Run() begins.
   __device__ DecodeGemm(const GroupedGemm& gemm, int32_t* counter, uint32_t weight_flip)
       : gemm_(gemm), counter_(counter), weight_flip_(weight_flip) {
-    ChooseSlices();
+    slices_ = DecodeSlices(Chunks(), Units(), kDecodeWarps * static_cast<int>(gridDim.x));
     __syncwarp();  // all lanes have done with the plan of the GEMM before
     if (FirstLane()) {
       // Multiprocessors with the same work end 5 to 10% apart, which we put down to the ports of
@@ -193,16 +193,6 @@ class DecodeGemm {
   __device__ int Units() const { return Shared::NumPasses() * ColumnUnits(); }
   __device__ static int Quad() { return threadIdx.x % 4; }
   __device__ static int Row() { return threadIdx.x % 32 / 4; }
-
-  // As many slices as leave a warp 8 chunks of a unit or more; more where units are few.
-  // (Qwen3-30B, 8 tokens, 16-bit weights: 4, 8 and 16 chunks a warp take 139, 124 and 134 us.)
-  __device__ void ChooseSlices() {
-    slices_ = 1;
-    while (slices_ < 16 && 16 * slices_ <= Chunks()) slices_ *= 2;
-    while (slices_ < 16 && 2 * slices_ <= Chunks() && 2 * Units() < Workers()) slices_ *= 2;
-    // Where few groups would have a second unit, all get one.
-    if (Units() > Workers() && 2 * Units() <= 3 * Workers() && slices_ > 1) slices_ /= 2;
-  }
 
   __device__ __forceinline__ void BeginLoads(int unit) {
     if (unit >= Plan().units) {
