@@ -32,11 +32,12 @@ constexpr int kBytesToPlan = 4 * sizeof(int32_t) + sizeof(uint16_t);
 static_assert(kMaxLocalExperts * kBytesInOneLaunch < 48 * 1024 - 1024,
               "what a kernel may have without asking, less its scan's");
 
-// Experts are sorted by rows where a GEMM has tiles of so many: lower ones are for few rows an
-// expert, which are one tile in any order.
-constexpr int kSortedTileRows = 64;
-// And where there are no more than this, since each is compared with all: for 256 that is 2048 loads
-// of a warp from shared memory, one a cycle.
+// Experts are sorted by rows where a GEMM has tiles of so many. Lower ones are for few rows an
+// expert, where the bytes of weights bound some experts and the multiplications others: sorted,
+// these would not overlap.
+constexpr int kSortedTileRows = 128;
+// And where there are no more than this, since each is compared with all: for 256 that is 2048
+// loads of a warp from shared memory, one a cycle.
 constexpr int kMostSortedExperts = 256;
 
 struct Params {
@@ -85,9 +86,9 @@ __device__ void PlaceSlot(const Params& p, int32_t slot, int32_t row) {
 }
 
 // From counts[e], by the whole block: order[i], the expert whose rows and tiles are the i-th. Those
-// with the most rows are first: neighbors then have as many tiles, and as full ones, so that blocks
-// which walk the list in strides get alike shares, and the smallest are left for the end. `keys` has
-// room for one an expert; the arrays are in shared memory.
+// with the most rows are first: neighbors then have as many tiles, and as full ones, so that
+// blocks which walk the list in strides get alike shares, and the smallest are left for the end.
+// `keys` has room for one an expert; the arrays are in shared memory.
 __device__ void OrderExperts(const Params& p, const int32_t* counts, int32_t* keys,
                              uint16_t* order) {
   static_assert(kMaxLocalExperts <= 1 << 11, "a key has 11 bits for the expert");
