@@ -71,7 +71,7 @@ template <typename T>
 class TileQueue {
  public:
   static constexpr int kBatch = 8;
-  static constexpr bool kHasWords = T::kTile.has_words(T::kKind);
+  static constexpr bool kHasWords = T::kTile.has_words();
   static constexpr int kWordTurns = T::kTile.word_turns(T::kKind);
   static_assert(kQueueItems >= 2 * kBatch + T::kStages, "read while a batch is decoded");
   static_assert(kWordTurns >= T::kStages + 2, "read while those of later tiles are written");

@@ -50,10 +50,10 @@ struct Tile {
   constexpr bool lean(WeightKind kind) const { return n == 256 && widens(kind); }
   // The queue of tiles: items of 16 bytes, and words of the rows of some of them. Low tiles have no
   // words: their time goes into weights, and memory for another block is worth more.
-  constexpr bool has_words(WeightKind kind) const { return m >= 128 && !lean(kind); }
+  constexpr bool has_words() const { return m >= 128; }
   constexpr int word_turns(WeightKind kind) const { return stages[static_cast<int>(kind)] + 2; }
   constexpr int queue_bytes(WeightKind kind) const {
-    return kQueueItems * 16 + (has_words(kind) ? word_turns(kind) * m * 4 : 0);
+    return kQueueItems * 16 + (has_words() ? word_turns(kind) * m * 4 : 0);
   }
   constexpr int shared_memory(WeightKind kind) const {
     return stages[static_cast<int>(kind)] * stage_bytes(kind) + wide_bytes(kind) +
