@@ -51,13 +51,22 @@ struct Tile {
   // The queue of tiles: items of 16 bytes, and words of the rows of some of them. Low tiles have no
   // words: their time goes into weights, and memory for another block is worth more.
   constexpr bool has_words() const { return m >= 128; }
-  constexpr int word_turns(WeightKind kind) const { return stages[static_cast<int>(kind)] + 2; }
+  // Weight rows have scales of their own with 8 bits: in the same tiles they are in shared memory, as
+  // they are stored, before the epilogue wants them. Where that is, and memory short, words last for
+  // three turns instead of as long as any can be wanted (Loader::BringLate()).
+  constexpr bool has_channels(WeightKind kind) const {
+    return has_words() && kind == WeightKind::k8Bit;
+  }
+  constexpr int channel_bytes(WeightKind kind) const { return has_channels(kind) ? n * 4 : 0; }
+  constexpr int word_turns(WeightKind kind) const {
+    return has_channels(kind) ? 3 : stages[static_cast<int>(kind)] + 2;
+  }
   constexpr int queue_bytes(WeightKind kind) const {
     return kQueueItems * 16 + (has_words() ? word_turns(kind) * m * 4 : 0);
   }
   constexpr int shared_memory(WeightKind kind) const {
     return stages[static_cast<int>(kind)] * stage_bytes(kind) + wide_bytes(kind) +
-           slice_bytes(kind) + queue_bytes(kind);
+           slice_bytes(kind) + channel_bytes(kind) + queue_bytes(kind);
   }
   constexpr int step(WeightKind kind) const { return k[static_cast<int>(kind)]; }
 };
