@@ -18,6 +18,9 @@
 // stored. A thread then brings the scales of one weight row: they are loaded with the step's
 // copies, and stored to its stage a step later.
 //
+// Of 8-bit weights a high tile's scales, one a weight row, come with the copies of one of its last
+// steps: the epilogue would wait for them at the latency of DRAM, with nothing else to do.
+//
 // What is loaded where nothing is to be loaded: beyond the end of k both operands are filled
 // with zeros (0 * 0 adds nothing, nor does 0 * whatever a weight of zeros stands for); rows and
 // columns beyond a tile's edge are left as they are, since they only reach accumulators that
