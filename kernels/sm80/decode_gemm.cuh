@@ -32,10 +32,10 @@
 
 #include <cstdint>
 
-#include "kernels/common/activation.cuh"
 #include "kernels/common/dequantize.cuh"
 #include "kernels/sm80/decode.h"
 #include "kernels/sm80/decode_multiply.cuh"
+#include "kernels/sm80/decode_outputs.cuh"
 #include "kernels/sm80/decode_route.cuh"
 #include "moe/numeric.cuh"
 
@@ -55,11 +55,12 @@ __device__ inline void LoadOnce(const uint4* p, bool wanted, uint4& v) {
 template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums>
 class DecodeGemm {
   using Shared = DecodeShared<kTokenBlocks>;
+  using Outputs = DecodeOutputs<Element, kKind, kTokenBlocks, kGated>;
 
  public:
-  static constexpr int kColumns = kDecodeRows / (kGated ? 2 : 1);  // of a unit
-  static constexpr int kVector = 128 / WeightBits(kKind);          // weights of a 16-byte load
-  static constexpr int kChunk = DecodeChunk(kKind);                // of k
+  static constexpr int kColumns = Outputs::kColumns;       // of a unit
+  static constexpr int kVector = 128 / WeightBits(kKind);  // weights of a 16-byte load
+  static constexpr int kChunk = DecodeChunk(kKind);        // of k
   // Whether activations are loaded ahead: those of a chunk of 4-bit weights are too many registers.
   static constexpr bool kTokensAhead = !HasGroups(kKind);
   static constexpr int kTokenVectors = kTokensAhead ? kVector / 8 : 1;  // a lane's, of a chunk
@@ -104,7 +105,7 @@ class DecodeGemm {
       const int unit = FirstUnit();
       if (unit >= Plan().units) return;
       uint32_t token[kTokenBlocks];
-      BeginTokens(GetPass(unit / ColumnUnits()), token);
+      BeginTokens(Shared::GetPass(unit / ColumnUnits()), token);
       int k = Plan().slice * kChunk;
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
@@ -122,7 +123,7 @@ class DecodeGemm {
       if (FirstLane()) Plan().unit = unit;
       int handed_out = 0;
       if (Asks()) handed_out = atomicAdd(counter_, 1);
-      const Pass pass = GetPass(unit / ColumnUnits());
+      const DecodePass pass = Shared::GetPass(unit / ColumnUnits());
       if constexpr (!kTokensAhead) BeginTokens(pass, token_);
       LoadSlotScale(pass);
       float acc[2][kTokenBlocks][4] = {};
@@ -149,16 +150,6 @@ class DecodeGemm {
   }
 
  private:
-  struct Pass {
-    int expert;
-    int first_slot;  // in Shared::Slots()
-    int num_slots;
-  };
-  __device__ static Pass GetPass(int index) {
-    const auto pass = Shared::Passes()[index];
-    return {pass.expert, pass.first_slot, Shared::Passes()[index + 1].first_slot - pass.first_slot};
-  }
-
   // Scales that a lane loads for a chunk: of its four rows. If they are those of the whole chunk,
   // the lanes of a quad, whose rows are the same, load one each.
   static constexpr int kScales = HasGroups(kKind) && !kScaleSums ? 4 : 1;
@@ -227,7 +218,7 @@ class DecodeGemm {
     } else if constexpr (HasGroups(kKind)) {
       scale_ = static_cast<uint32_t>(vector);
     }
-    if constexpr (kTokensAhead) BeginTokens(GetPass(pass), token_);
+    if constexpr (kTokensAhead) BeginTokens(Shared::GetPass(pass), token_);
   }
 
   __device__ uint32_t ScaleBytes() const {
@@ -318,7 +309,7 @@ class DecodeGemm {
   }
 
   // The lane's first 16 bytes of each of its tokens of a pass.
-  __device__ __forceinline__ void BeginTokens(const Pass& pass,
+  __device__ __forceinline__ void BeginTokens(const DecodePass& pass,
                                               uint32_t (&token)[kTokenBlocks]) const {
 #pragma unroll
     for (int t = 0; t < kTokenBlocks; ++t) {
@@ -394,74 +385,21 @@ class DecodeGemm {
       asm volatile("bar.sync %0, %1;" ::"r"(1 + Group()), "r"(32 * Slices()) : "memory");
     }
     const int unit = Plan().unit;
-    const Pass pass = GetPass(unit / ColumnUnits());
+    const DecodePass pass = Shared::GetPass(unit / ColumnUnits());
     const int first_column = unit % ColumnUnits() * kColumns;
-    StoreOutputs(gemm_, pass, first_column, Slice() * 32 + threadIdx.x % 32, SlicesLog2(),
-                 sums + (Warp() - Slice()) * kWarpSums, slot_scale_);
+    Outputs::Store(gemm_, pass, first_column, Slice() * 32 + threadIdx.x % 32, SlicesLog2(),
+                   sums + (Warp() - Slice()) * kWarpSums, slot_scale_);
   }
 
   // What scales the first output that the thread will store: asked for in time, for it may take as
   // long as weights.
-  __device__ __forceinline__ void LoadSlotScale(const Pass& pass) {
+  __device__ __forceinline__ void LoadSlotScale(const DecodePass& pass) {
     if constexpr (!kGated) {
       const int token = (Slice() * 32 + threadIdx.x % 32) / kColumns;
       if (gemm_.slot_scales != nullptr && token < pass.num_slots) {
         slot_scale_ = __ldg(gemm_.slot_scales + Shared::Slots()[pass.first_slot + token]);
       }
     }
-  }
-
-  // Static, for an address of the object that is taken would put it into memory.
-  __device__ __forceinline__ static void StoreOutputs(const GroupedGemm& gemm, const Pass& pass,
-                                                      int first_column, int thread, int slices_log2,
-                                                      const float* sums, float slot_scale) {
-    const int64_t expert_row = static_cast<int64_t>(pass.expert) * gemm.columns * (kGated ? 2 : 1);
-    DispatchActivation<kGated>(gemm.activation, [&](auto tag) {
-      constexpr Activation kActivation = decltype(tag)::value;
-#pragma unroll 1
-      for (int i = thread; i < kColumns * pass.num_slots; i += 32 << slices_log2) {
-        const int in_unit = i % kColumns;
-        const int token = i / kColumns;
-        const int column = first_column + in_unit;
-        if (column >= gemm.columns) continue;
-        const float* p = sums + token * kDecodePitch + in_unit % 16;
-        const int64_t slot = Shared::Slots()[pass.first_slot + token];
-        float value;
-        if constexpr (kGated) {
-          const float up = Channel(gemm, expert_row + column, Add(p, slices_log2));
-          const float gate = Channel(gemm, expert_row + gemm.columns + column,
-                                     Add(p + kTokens * kDecodePitch, slices_log2));
-          value = ApplyGated<kActivation>(gate, up, LoadActivationScalars(gemm, pass.expert));
-        } else {
-          value = Apply<kActivation>(
-              Channel(gemm, expert_row + column,
-                      Add(p + in_unit / 16 * kTokens * kDecodePitch, slices_log2)));
-          if (gemm.slot_scales != nullptr) {
-            value *= i == thread ? slot_scale : __ldg(gemm.slot_scales + slot);
-          }
-        }
-        static_cast<uint16_t*>(gemm.out)[slot * gemm.columns + column] =
-            static_cast<uint16_t>(PackPair(value, value, gemm.out_dtype));
-      }
-    });
-  }
-
-  // The slices' sums of one output, in order.
-  __device__ static float Add(const float* sums, int slices_log2) {
-    float sum = 0.0f;
-#pragma unroll 4
-    for (int s = 0; s < 1 << slices_log2; ++s) sum += sums[s * kWarpSums];
-    return sum;
-  }
-
-  // A sum with its channel's scale and bias.
-  __device__ static float Channel(const GroupedGemm& gemm, int64_t row, float sum) {
-    sum *= kUnscale<Element, kKind>;
-    if constexpr (kKind == WeightKind::k8Bit) {
-      sum *= LoadAsFloat(gemm.weight_scales, row, gemm.weight_scale_dtype);
-    }
-    if (gemm.bias != nullptr) sum += LoadAsFloat(gemm.bias, row, gemm.bias_dtype);
-    return sum;
   }
 
   const GroupedGemm& gemm_;

@@ -16,6 +16,13 @@ namespace moe::sm80 {
 
 extern __shared__ __align__(16) char decode_shared[];
 
+// A pass over an expert's weights: `num_slots` of its slots, from `first_slot` on in Slots().
+struct DecodePass {
+  int expert;
+  int first_slot;
+  int num_slots;
+};
+
 // Where everything lies in it: at addresses known to the compiler, which take no registers.
 template <int kTokenBlocks>
 struct DecodeShared {
@@ -30,6 +37,10 @@ struct DecodeShared {
   static_assert(sizeof(Pass) == 4, "as DecodeSharedMemory counts them");
   __device__ static Pass* Passes() {
     return reinterpret_cast<Pass*>(decode_shared + DecodeSumBytes(kTokenBlocks));
+  }
+  __device__ static DecodePass GetPass(int index) {
+    const Pass pass = Passes()[index];
+    return {pass.expert, pass.first_slot, Passes()[index + 1].first_slot - pass.first_slot};
   }
   // [slots] by expert.
   __device__ static uint16_t* Slots() {
