@@ -71,15 +71,17 @@ struct Scheduler {
 // How long entries live: copies are up to kStages tiles ahead of the mma (each has at least one
 // step), words one more. Between Begin() of one turn and of the next there must be a barrier, at
 // which what the former wrote becomes visible and after which what the latter overwrites is read
-// no more.
+// no more. Where words last for three turns only, those of the output are there in the epilogue if a
+// tile has kStages steps or more: then no tile but the next has begun. Else Renew() brings them.
 template <typename T>
 class TileQueue {
  public:
   static constexpr int kBatch = 8;
-  static constexpr bool kHasWords = T::kTile.has_words(T::kKind);
+  static constexpr bool kHasWords = T::kTile.has_words();
   static constexpr int kWordTurns = T::kTile.word_turns(T::kKind);
   static_assert(kQueueItems >= 2 * kBatch + T::kStages, "read while a batch is decoded");
-  static_assert(kWordTurns >= T::kStages + 2, "read while those of later tiles are written");
+  static_assert(kWordTurns >= (T::kHasChannels ? 3 : T::kStages + 2),
+                "read while those of later tiles are written");
   static_assert(!kHasWords || T::kThreads >= T::kTile.m, "a row each");
 
   // By all threads of the block.
@@ -117,6 +119,16 @@ class TileQueue {
         words_[(turn + 1) % kWordTurns * T::kTile.m + threadIdx.x] = word_;
         word_ = LoadWord(slot_);
         slot_ = Slot(turn + 3);
+      }
+    }
+  }
+
+  // Brings the words of a turn that is being multiplied once more; by all threads, before a barrier.
+  // Those of the input, which have been read, stay.
+  __device__ void Renew(int32_t turn) {
+    if constexpr (kHasWords) {
+      if (OwnsRow() && !gemm_.gather) {
+        words_[turn % kWordTurns * T::kTile.m + threadIdx.x] = LoadWord(Slot(turn));
       }
     }
   }
