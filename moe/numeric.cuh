@@ -62,8 +62,8 @@ __device__ inline float LoadAsFloat(const void* base, int64_t index, DType dtype
 
 // `Count` consecutive values at `base[index...]`, whose dtype is known only at run time (biases
 // and scales: read once a tile, so a uniform branch costs less than another kernel would).
-// base + index is aligned to Count values.
-template <int Count>
+// base + index is aligned to Count values. kShared: base is in shared memory.
+template <int Count, bool kShared = false>
 __device__ inline void LoadAsFloat(const void* base, int64_t index, DType dtype,
                                    float (&out)[Count]) {
   static_assert(Count == 2 || Count == 4 || Count == 8, "one or two vector loads");
@@ -71,7 +71,7 @@ __device__ inline void LoadAsFloat(const void* base, int64_t index, DType dtype,
     const float2* p = reinterpret_cast<const float2*>(static_cast<const float*>(base) + index);
 #pragma unroll
     for (int i = 0; i < Count / 2; ++i) {
-      const float2 v = __ldg(p + i);
+      const float2 v = kShared ? p[i] : __ldg(p + i);
       out[2 * i] = v.x;
       out[2 * i + 1] = v.y;
     }
@@ -80,7 +80,7 @@ __device__ inline void LoadAsFloat(const void* base, int64_t index, DType dtype,
   const uint32_t* p = reinterpret_cast<const uint32_t*>(static_cast<const uint16_t*>(base) + index);
 #pragma unroll
   for (int i = 0; i < Count / 2; ++i) {
-    const uint32_t word = __ldg(p + i);
+    const uint32_t word = kShared ? p[i] : __ldg(p + i);
     const float2 v = dtype == DType::kFloat16
                          ? __half22float2(reinterpret_cast<const __half2&>(word))
                          : __bfloat1622float2(reinterpret_cast<const __nv_bfloat162&>(word));

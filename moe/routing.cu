@@ -26,11 +26,19 @@ constexpr int64_t kSlotsInOneLaunch = 16 * kSlotsPerBlock;
 constexpr int kWarps = kThreads / 32;
 constexpr unsigned kFullWarp = 0xffffffffu;
 
-// Numbers an expert in the shared memory of each kernel.
-constexpr int kNumbersInOneLaunch = 5;
-constexpr int kNumbersToPlan = 4;
-static_assert(kMaxLocalExperts * kNumbersInOneLaunch * sizeof(int32_t) < 48 * 1024 - 1024,
+// Bytes an expert in the shared memory of each kernel.
+constexpr int kBytesInOneLaunch = 5 * sizeof(int32_t) + sizeof(uint16_t);
+constexpr int kBytesToPlan = 4 * sizeof(int32_t) + sizeof(uint16_t);
+static_assert(kMaxLocalExperts * kBytesInOneLaunch < 48 * 1024 - 1024,
               "what a kernel may have without asking, less its scan's");
+
+// Experts are sorted by rows where a GEMM has tiles of so many. Lower ones are for few rows an
+// expert, where the bytes of weights bound some experts and the multiplications others: sorted,
+// these would not overlap.
+constexpr int kSortedTileRows = 128;
+// And where there are no more than this, since each is compared with all: for 256 that is 2048
+// loads of a warp from shared memory, one a cycle.
+constexpr int kMostSortedExperts = 256;
 
 struct Params {
   const int32_t* experts;
@@ -77,18 +85,46 @@ __device__ void PlaceSlot(const Params& p, int32_t slot, int32_t row) {
   if (row >= 0) p.buffers.row_to_slot[row] = slot;
 }
 
-// From counts[e], by the whole block: row_begin[e], first_tile[2 * e + list] and their totals.
+// From counts[e], by the whole block: order[i], the expert whose rows and tiles are the i-th. Those
+// with the most rows are first: neighbors then have as many tiles, and as full ones, so that
+// blocks which walk the list in strides get alike shares, and the smallest are left for the end.
+// `keys` has room for one an expert; the arrays are in shared memory.
+__device__ void OrderExperts(const Params& p, const int32_t* counts, int32_t* keys,
+                             uint16_t* order) {
+  static_assert(kMaxLocalExperts <= 1 << 11, "a key has 11 bits for the expert");
+  const bool sort = p.num_experts <= kMostSortedExperts &&
+                    max(p.buffers.tile_rows[0], p.buffers.tile_rows[1]) >= kSortedTileRows;
+  for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
+    order[e] = static_cast<uint16_t>(e);
+    // By rows (beyond 2^20 all alike), then by number: no two experts have the same.
+    keys[e] = min(counts[e], (1 << 20) - 1) << 11 | ((1 << 11) - 1 - e);
+  }
+  __syncthreads();
+  if (sort) {
+    for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
+      const int32_t own = keys[e];
+      int before = 0;
+#pragma unroll 8
+      for (int other = 0; other < p.num_experts; ++other) before += keys[other] > own ? 1 : 0;
+      order[before] = static_cast<uint16_t>(e);
+    }
+    __syncthreads();
+  }
+}
+
+// By the whole block: row_begin[e], first_tile[2 * i + list] of the i-th expert, and their totals.
 // The arrays are in shared memory.
-__device__ void ScanExperts(const Params& p, const int32_t* counts, int32_t* row_begin,
-                            int32_t* first_tile, Extent& total) {
+__device__ void ScanExperts(const Params& p, const int32_t* counts, const uint16_t* order,
+                            int32_t* row_begin, int32_t* first_tile, Extent& total) {
   __shared__ Extent warp_sums[kWarps];
   const int lane = threadIdx.x % 32;
   const int warp = threadIdx.x / 32;
 
   Extent carry = {};
-  for (int e0 = 0; e0 < p.num_experts; e0 += kThreads) {
-    const int e = e0 + threadIdx.x;
-    const int32_t count = e < p.num_experts ? counts[e] : 0;
+  for (int i0 = 0; i0 < p.num_experts; i0 += kThreads) {
+    const int i = i0 + threadIdx.x;
+    const int e = i < p.num_experts ? order[i] : 0;
+    const int32_t count = i < p.num_experts ? counts[e] : 0;
     const Extent own = {count,
                         {(count + p.buffers.tile_rows[0] - 1) / p.buffers.tile_rows[0],
                          (count + p.buffers.tile_rows[1] - 1) / p.buffers.tile_rows[1]}};
@@ -99,10 +135,10 @@ __device__ void ScanExperts(const Params& p, const int32_t* counts, int32_t* row
     __syncthreads();
     if (warp > 0) inclusive = inclusive + warp_sums[warp - 1];
     inclusive = inclusive + carry;
-    if (e < p.num_experts) {
+    if (i < p.num_experts) {
       row_begin[e] = inclusive.rows - own.rows;
-      first_tile[2 * e] = inclusive.tiles[0] - own.tiles[0];
-      first_tile[2 * e + 1] = inclusive.tiles[1] - own.tiles[1];
+      first_tile[2 * i] = inclusive.tiles[0] - own.tiles[0];
+      first_tile[2 * i + 1] = inclusive.tiles[1] - own.tiles[1];
     }
     carry = carry + warp_sums[kWarps - 1];
     __syncthreads();  // before warp_sums is written again, and for row_begin's readers
@@ -112,14 +148,15 @@ __device__ void ScanExperts(const Params& p, const int32_t* counts, int32_t* row
 
 // Writes both tile lists, each thread some entries: it finds the expert of an entry by bisection,
 // which costs the same whether one expert has all tiles or each has one.
-__device__ void WriteTileLists(const Params& p, const int32_t* counts, const int32_t* row_begin,
-                               const int32_t* first_tile, const Extent& total) {
+__device__ void WriteTileLists(const Params& p, const int32_t* counts, const uint16_t* order,
+                               const int32_t* row_begin, const int32_t* first_tile,
+                               const Extent& total) {
   if (threadIdx.x < 2) p.buffers.num_row_tiles[threadIdx.x] = total.tiles[threadIdx.x];
 #pragma unroll
   for (int list = 0; list < 2; ++list) {
     for (int tile = threadIdx.x; tile < total.tiles[list]; tile += kThreads) {
-      // The last expert whose first tile is not beyond this one; experts without tiles share
-      // their first tile with the next that has some, and come before it.
+      // The last place whose first tile is not beyond this one; experts without tiles share
+      // their first tile with the next that has some, and come before it, or are the last.
       int low = 0;
       int high = p.num_experts;
       while (high - low > 1) {
@@ -130,8 +167,9 @@ __device__ void WriteTileLists(const Params& p, const int32_t* counts, const int
           high = middle;
         }
       }
-      p.buffers.row_tiles[list][tile] = {low, first_tile[2 * low + list], row_begin[low],
-                                         row_begin[low] + counts[low]};
+      const int e = order[low];
+      p.buffers.row_tiles[list][tile] = {e, first_tile[2 * low + list], row_begin[e],
+                                         row_begin[e] + counts[e]};
     }
   }
 }
@@ -143,6 +181,7 @@ __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
   int32_t* earlier = counts + p.num_experts;  // of the slots before this block's share
   int32_t* row_begin = earlier + p.num_experts;
   int32_t* first_tile = row_begin + p.num_experts;
+  auto* order = reinterpret_cast<uint16_t*>(first_tile + 2 * p.num_experts);
 
   for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
     counts[e] = 0;
@@ -158,14 +197,15 @@ __global__ void __launch_bounds__(kThreads) RouteInOneLaunchKernel(Params p) {
   }
   __syncthreads();
   Extent total;
-  ScanExperts(p, counts, row_begin, first_tile, total);
+  OrderExperts(p, counts, first_tile, order);
+  ScanExperts(p, counts, order, row_begin, first_tile, total);
 
   const int32_t own_slot = share_begin + threadIdx.x;
   if (own_slot < p.slots) {
     const int32_t expert = ExpertOf(p, own_slot);
     PlaceSlot(p, own_slot, expert >= 0 ? row_begin[expert] + atomicAdd(&earlier[expert], 1) : -1);
   }
-  if (blockIdx.x == gridDim.x - 1) WriteTileLists(p, counts, row_begin, first_tile, total);
+  if (blockIdx.x == gridDim.x - 1) WriteTileLists(p, counts, order, row_begin, first_tile, total);
 }
 
 // The slots of a block: [begin, end).
@@ -195,6 +235,7 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(Params p) {
   int32_t* counts = shared_experts;
   int32_t* row_begin = counts + p.num_experts;
   int32_t* first_tile = row_begin + p.num_experts;
+  auto* order = reinterpret_cast<uint16_t*>(first_tile + 2 * p.num_experts);
   for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
     int32_t sum = 0;
 #pragma unroll 8
@@ -205,8 +246,9 @@ __global__ void __launch_bounds__(kThreads) PlanKernel(Params p) {
   }
   __syncthreads();
   Extent total;
-  ScanExperts(p, counts, row_begin, first_tile, total);
-  WriteTileLists(p, counts, row_begin, first_tile, total);
+  OrderExperts(p, counts, first_tile, order);
+  ScanExperts(p, counts, order, row_begin, first_tile, total);
+  WriteTileLists(p, counts, order, row_begin, first_tile, total);
   for (int e = threadIdx.x; e < p.num_experts; e += kThreads) {
     int32_t next = row_begin[e];
 #pragma unroll 8
@@ -241,19 +283,19 @@ cudaError_t LaunchRouting(const Problem& problem, const int32_t* experts,
   p.slots = static_cast<int32_t>(problem.num_slots());
   p.first_expert = problem.first_local_expert;
   p.num_experts = problem.num_local_experts;
-  const size_t per_expert = p.num_experts * sizeof(int32_t);
+  const size_t num_experts = p.num_experts;
   if (p.slots <= kSlotsInOneLaunch) {
     const int blocks = (p.slots + kSlotsPerBlock - 1) / kSlotsPerBlock;
-    RouteInOneLaunchKernel<<<blocks, kThreads, kNumbersInOneLaunch * per_expert, stream>>>(p);
+    RouteInOneLaunchKernel<<<blocks, kThreads, num_experts * kBytesInOneLaunch, stream>>>(p);
     return cudaGetLastError();
   }
   p.blocks = RoutingBlocks(problem);
   p.slots_per_block = (p.slots - 1) / p.blocks + 1;
   // Rounding up may leave the last blocks nothing: drop them.
   p.blocks = (p.slots - 1) / p.slots_per_block + 1;
-  CountKernel<<<p.blocks, kThreads, per_expert, stream>>>(p);
-  PlanKernel<<<1, kThreads, kNumbersToPlan * per_expert, stream>>>(p);
-  ScatterKernel<<<p.blocks, kThreads, per_expert, stream>>>(p);
+  CountKernel<<<p.blocks, kThreads, num_experts * sizeof(int32_t), stream>>>(p);
+  PlanKernel<<<1, kThreads, num_experts * kBytesToPlan, stream>>>(p);
+  ScatterKernel<<<p.blocks, kThreads, num_experts * sizeof(int32_t), stream>>>(p);
   return cudaGetLastError();
 }
 

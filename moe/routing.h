@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Step 1 of a call: from expert ids to rows sorted by expert and to the lists of row tiles.
+// Step 1 of a call: from expert ids to rows grouped by expert and to the lists of row tiles.
 
 #ifndef MOE_ROUTING_H_
 #define MOE_ROUTING_H_

@@ -3,7 +3,7 @@
 // The list of row tiles: what routing hands to the grouped GEMMs, made on the device so that
 // the host never waits for the router.
 //
-// Rows (slots sorted by expert) are cut into tiles of a fixed height, each within one expert.
+// Rows (slots grouped by expert) are cut into tiles of a fixed height, each within one expert.
 // A GEMM with `column_tiles` column tiles runs num_row_tiles * column_tiles work items. All work
 // items of one expert are consecutive, so that a block of weight columns is read from DRAM once
 // and then served from L2 to the other row tiles of its expert. Every entry therefore describes

@@ -23,13 +23,16 @@ struct Channels {
   float scale[kVector];
   float bias[kVector];
 
-  __device__ Channels(const GroupedGemm& gemm, int64_t first) {
+  // `first` is the first of them, at `place` of those that the loader brought, if it did.
+  __device__ Channels(const GroupedGemm& gemm, int64_t first, const char* shared, int place) {
 #pragma unroll
     for (int v = 0; v < kVector; ++v) {
       scale[v] = kUnscale<typename T::Element, T::kKind>;
       bias[v] = 0.0f;
     }
-    if constexpr (T::kKind == WeightKind::k8Bit) {
+    if constexpr (T::kHasChannels) {
+      LoadAsFloat<kVector, true>(shared + T::kChannelsPlace, place, gemm.weight_scale_dtype, scale);
+    } else if constexpr (T::kKind == WeightKind::k8Bit) {
       LoadAsFloat(gemm.weight_scales, first, gemm.weight_scale_dtype, scale);
     }
     if (gemm.bias != nullptr) LoadAsFloat(gemm.bias, first, gemm.bias_dtype, bias);
@@ -58,7 +61,7 @@ __device__ inline void StoreRow(uint16_t* out, const float (&value)[kVector], DT
 // `Consumer` says which rows and columns a thread's accumulators belong to.
 template <typename T, typename Consumer>
 __device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int32_t turn,
-                         const typename Consumer::Accumulators& acc) {
+                         const typename Consumer::Accumulators& acc, const char* shared) {
   using Columns = typename T::Columns;
   constexpr int kVector = Columns::kVector;
   const WarpPlace warp = GetWarpPlace<T>();
@@ -86,9 +89,12 @@ __device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int
       // columns is a multiple of 8, so a vector is inside or outside as a whole.
       if (column >= gemm.columns) continue;
       const int64_t expert_row = static_cast<int64_t>(item.expert) * Columns::kHalves;
-      const Channels<T> up(gemm, expert_row * gemm.columns + column);
+      const int place = column - item.column;
+      const Channels<T> up(gemm, expert_row * gemm.columns + column, shared, place);
       // Without a gate the same again, and not used.
-      const Channels<T> gate(gemm, (expert_row + Columns::kHalves - 1) * gemm.columns + column);
+      constexpr int kGate = Columns::kHalves - 1;
+      const Channels<T> gate(gemm, (expert_row + kGate) * gemm.columns + column, shared,
+                             kGate * T::kTileColumns + place);
 #pragma unroll
       for (int i = 0; i < Consumer::kThreadRows; ++i) {
         const int row = Consumer::Row(warp, i);

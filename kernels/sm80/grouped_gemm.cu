@@ -130,7 +130,13 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
     // which there is no register where two sets of sums of 32 rows are held: the 32x64 tile spilled.
     int32_t same = turn;
     if constexpr (T::kScaleSums && T::kTile.m >= 32) asm volatile("" : "+r"(same));
-    if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, queue, same, acc);
+    if (Loader<T>::IsLate(gemm)) {
+      loader.BringLate(turn);
+      cute::cp_async_fence();
+      cute::cp_async_wait<0>();
+      __syncthreads();
+    }
+    if (mainloop.Reduce(acc, shared)) Epilogue<T, Consumer>(gemm, queue, same, acc, shared);
   }
 }
 

@@ -18,6 +18,9 @@
 // stored. A thread then brings the scales of one weight row: they are loaded with the step's
 // copies, and stored to its stage a step later.
 //
+// Of 8-bit weights a high tile's scales, one a weight row, come with the copies of one of its last
+// steps: the epilogue would wait for them at the latency of DRAM, with nothing else to do.
+//
 // What is loaded where nothing is to be loaded: beyond the end of k both operands are filled
 // with zeros (0 * 0 adds nothing, nor does 0 * whatever a weight of zeros stands for); rows and
 // columns beyond a tile's edge are left as they are, since they only reach accumulators that
@@ -103,6 +106,12 @@ class Loader {
     b_ += T::kStep * WeightBits(T::kKind) / 8;
     k_left_ -= T::kStep;
     if (k_left_ <= 0) {
+      // The tile whose copies end has kStages - 1 steps to be multiplied, and the barrier of one
+      // behind it: nobody reads the scales of the tile before any more. These join the next step's
+      // copies, so that they are there when the last step has passed its barrier.
+      if constexpr (T::kHasChannels) {
+        if (turn_ < queue_.turns() && !IsLate(gemm_)) BringChannels(turn_);
+      }
       ++turn_;
       BeginTile();
     }
@@ -164,6 +173,19 @@ class Loader {
       }
       LoadScaleBits<T::kKind>(gemm_.weight_scales, index, gemm_.weight_scale_dtype,
                               scale_[kScaleSteps - 1]);
+    }
+  }
+
+  // Whether tiles have fewer steps than stages, too few for Advance() to bring scales of weight rows
+  // ahead. Then BringLate() brings what the epilogue of a turn needs, just before it; the caller
+  // waits for the copies, and all at a barrier.
+  __device__ static bool IsLate(const GroupedGemm& gemm) {
+    return T::kHasChannels && gemm.k <= (T::kStages - 1) * T::kStep;
+  }
+  __device__ void BringLate(int32_t turn) {
+    if constexpr (T::kHasChannels) {
+      BringChannels(turn);
+      queue_.Renew(turn);
     }
   }
 
@@ -252,6 +274,22 @@ class Loader {
   __device__ static uint32_t RowOffset(int i, uint32_t row, uint32_t gate) {
     const int n = i * T::kRowStepB;
     return Columns::Column(n) * row + (Columns::IsGate(n) ? gate : 0);
+  }
+
+  // Begins to copy the scales of a tile's weight rows, as they are stored: up rows, then gate rows.
+  __device__ void BringChannels(int32_t turn) const {
+    const int size_log2 = gemm_.weight_scale_dtype == DType::kFloat32 ? 2 : 1;
+    const int n = static_cast<int>(threadIdx.x << (4 - size_log2));  // the first of its chunk
+    const WorkItem& item = queue_.Item(turn);
+    const int column = item.column + n % T::kTileColumns;
+    const int64_t row =
+        (static_cast<int64_t>(item.expert) * Columns::kHalves + n / T::kTileColumns) *
+            gemm_.columns +
+        column;
+    static_assert(T::kWidens, "shared_b_ is the thread's chunk there");
+    CopyAsync16(shared_b_ - T::kBytesA + T::kChannelsPlace,
+                static_cast<const char*>(gemm_.weight_scales) + (row << size_log2),
+                n < T::kTile.n && column < gemm_.columns, 16);
   }
 
   __device__ void BeginTile() {

@@ -1,7 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which tile is whose: block b of a persistent grid takes work items b, b + grid, ... Its tiles are
-// numbered in that order: turns.
+// Which tile is whose: in turn t, block b of a persistent grid takes work item
+//
+//   t * grid + (b + t) % grid
+//
+// They shift by one from turn to turn because an expert's row tiles follow each other and the last
+// of them may be nearly empty: by strides of the grid (132 or 264 on an H200, 108 or 216 on an A100)
+// a block would get the same one of 2, 3 or 4 each time, and some blocks only full ones.
 
 #ifndef KERNELS_SM80_SCHEDULER_CUH_
 #define KERNELS_SM80_SCHEDULER_CUH_
@@ -66,15 +71,17 @@ struct Scheduler {
 // How long entries live: copies are up to kStages tiles ahead of the mma (each has at least one
 // step), words one more. Between Begin() of one turn and of the next there must be a barrier, at
 // which what the former wrote becomes visible and after which what the latter overwrites is read
-// no more.
+// no more. Where words last for three turns only, those of the output are there in the epilogue if a
+// tile has kStages steps or more: then no tile but the next has begun. Else Renew() brings them.
 template <typename T>
 class TileQueue {
  public:
   static constexpr int kBatch = 8;
-  static constexpr bool kHasWords = T::kTile.has_words(T::kKind);
+  static constexpr bool kHasWords = T::kTile.has_words();
   static constexpr int kWordTurns = T::kTile.word_turns(T::kKind);
   static_assert(kQueueItems >= 2 * kBatch + T::kStages, "read while a batch is decoded");
-  static_assert(kWordTurns >= T::kStages + 2, "read while those of later tiles are written");
+  static_assert(kWordTurns >= (T::kHasChannels ? 3 : T::kStages + 2),
+                "read while those of later tiles are written");
   static_assert(!kHasWords || T::kThreads >= T::kTile.m, "a row each");
 
   // By all threads of the block.
@@ -82,8 +89,9 @@ class TileQueue {
       : gemm_(gemm),
         items_(reinterpret_cast<WorkItem*>(shared + T::kQueuePlace)),
         words_(reinterpret_cast<uint32_t*>(items_ + kQueueItems)) {
-    const int32_t left = Schedule(gemm).work_items - static_cast<int32_t>(blockIdx.x);
-    turns_ = left > 0 ? (left - 1) / static_cast<int32_t>(gridDim.x) + 1 : 0;
+    const auto items = static_cast<uint32_t>(Schedule(gemm).work_items);
+    const uint32_t whole = items / gridDim.x;  // turns of all blocks; some have one more
+    turns_ = static_cast<int32_t>(whole + (Work(whole) < items ? 1 : 0));
     if (threadIdx.x < kBatch) Decode(threadIdx.x);
     __syncthreads();
     if constexpr (kHasWords) {
@@ -115,6 +123,16 @@ class TileQueue {
     }
   }
 
+  // Brings the words of a turn that is being multiplied once more; by all threads, before a barrier.
+  // Those of the input, which have been read, stay.
+  __device__ void Renew(int32_t turn) {
+    if constexpr (kHasWords) {
+      if (OwnsRow() && !gemm_.gather) {
+        words_[turn % kWordTurns * T::kTile.m + threadIdx.x] = LoadWord(Slot(turn));
+      }
+    }
+  }
+
   // The tile of the turn begun last, of one that still is multiplied, or of the next three.
   __device__ const WorkItem& Item(int32_t turn) const { return items_[turn % kQueueItems]; }
 
@@ -129,9 +147,14 @@ class TileQueue {
 
   __device__ static bool OwnsRow() { return T::kThreads == T::kTile.m || threadIdx.x < T::kTile.m; }
 
+  // The number of a turn's item. Not of the block where it passes the last one.
+  __device__ static uint32_t Work(uint32_t turn) {
+    return turn * gridDim.x + (blockIdx.x + turn) % gridDim.x;
+  }
+
   __device__ void Decode(int32_t turn) {
     if (turn >= turns_) return;
-    const auto work = static_cast<int32_t>(blockIdx.x + turn * gridDim.x);
+    const auto work = static_cast<int32_t>(Work(turn));
     items_[turn % kQueueItems] = Schedule(gemm_).Decode(work);
   }
 

@@ -50,14 +50,24 @@ struct Tile {
   constexpr bool lean(WeightKind kind) const { return n == 256 && widens(kind); }
   // The queue of tiles: items of 16 bytes, and words of the rows of some of them. Low tiles have no
   // words: their time goes into weights, and memory for another block is worth more.
-  constexpr bool has_words(WeightKind kind) const { return m >= 128 && !lean(kind); }
-  constexpr int word_turns(WeightKind kind) const { return stages[static_cast<int>(kind)] + 2; }
+  constexpr bool has_words() const { return m >= 128; }
+  // With 8 bits weight rows have a scale each. In the same tiles they are brought to shared memory, as
+  // they are stored, before the epilogue wants them: loaded there, they cost 0.6 to 1.2 us a tile.
+  // They and words that last as long as any can be wanted would pass 163 KiB, so there words last
+  // for three turns (scheduler.cuh).
+  constexpr bool has_channels(WeightKind kind) const {
+    return has_words() && kind == WeightKind::k8Bit;
+  }
+  constexpr int channel_bytes(WeightKind kind) const { return has_channels(kind) ? n * 4 : 0; }
+  constexpr int word_turns(WeightKind kind) const {
+    return has_channels(kind) ? 3 : stages[static_cast<int>(kind)] + 2;
+  }
   constexpr int queue_bytes(WeightKind kind) const {
-    return kQueueItems * 16 + (has_words(kind) ? word_turns(kind) * m * 4 : 0);
+    return kQueueItems * 16 + (has_words() ? word_turns(kind) * m * 4 : 0);
   }
   constexpr int shared_memory(WeightKind kind) const {
     return stages[static_cast<int>(kind)] * stage_bytes(kind) + wide_bytes(kind) +
-           slice_bytes(kind) + queue_bytes(kind);
+           slice_bytes(kind) + channel_bytes(kind) + queue_bytes(kind);
   }
   constexpr int step(WeightKind kind) const { return k[static_cast<int>(kind)]; }
 };

@@ -79,6 +79,7 @@ struct Traits {
 
   static constexpr int kThreads = kTile.threads();
   static constexpr int kStages = kTile.stages[static_cast<int>(kKind)];
+  static constexpr bool kHasChannels = kTile.has_channels(kKind);
   static constexpr int kBlocks = kTile.blocks[static_cast<int>(kKind)];
   static constexpr int kWarpM = kTile.m / kTile.warps_m;
   static constexpr int kSlices = kTile.slices(kKind);  // of a step's k, each a warp's
@@ -100,11 +101,13 @@ struct Traits {
   static constexpr int kStageBytes = kTile.stage_bytes(kKind);
   static constexpr int kSharedMemory = kTile.shared_memory(kKind);
   // Byte offsets: of the scales in their stage; of the two buffers, behind the stages; of the sums
-  // that slices give each other, behind those; of the queue of tiles, at the end.
+  // that slices give each other, behind those; of the scales of a tile's weight rows, [up, gate]
+  // [columns]; of the queue of tiles, at the end.
   static constexpr int kScalesPlace = kBytesA + kTile.n * kStoredChunks * 16;
   static constexpr int kWidePlace = kStages * kStageBytes;
   static constexpr int kSliceSumsPlace = kWidePlace + kTile.wide_bytes(kKind);
-  static constexpr int kQueuePlace = kSliceSumsPlace + kTile.slice_bytes(kKind);
+  static constexpr int kChannelsPlace = kSliceSumsPlace + kTile.slice_bytes(kKind);
+  static constexpr int kQueuePlace = kChannelsPlace + kTile.channel_bytes(kKind);
   static_assert(kQueuePlace % 16 == 0, "an item is stored and loaded as 16 bytes");
   static_assert(kQueuePlace + kTile.queue_bytes(kKind) == kSharedMemory);
 
