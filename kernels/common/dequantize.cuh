@@ -62,13 +62,30 @@ __device__ inline uint32_t Multiply(uint32_t a, uint32_t b) {
 
 // Four bytes to two pairs: pair[0] from bytes 0 and 1, pair[1] from bytes 2 and 3.
 
+// What that takes besides the bytes.
+struct ByteContext {
+  uint32_t flip;
+  uint32_t exponent;  // the upper byte of what they become, four times
+};
+
+// The exponent is in a register. As a constant, beside the constant that selects bytes, it is one
+// more than byte_perm's instruction can hold: each was preceded by another that moved one of them.
+template <typename Element>
+__device__ inline ByteContext MakeByteContext(uint32_t flip) {
+  uint32_t lane;
+  asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
+  const uint32_t zero = lane / 32;  // which the compiler does not know
+  return {flip, (std::is_same_v<Element, __half> ? 0x64646464u : 0x43434343u) + zero};
+}
+
 // 1024 + u is 0x6400 | u in fp16; int8 becomes u by flipping its sign bit.
-__device__ inline void DequantizeBytes(uint32_t bytes, uint32_t flip, __half, uint32_t (&pair)[2]) {
-  const uint32_t u = bytes ^ flip;
+__device__ inline void DequantizeBytes(uint32_t bytes, ByteContext context, __half,
+                                       uint32_t (&pair)[2]) {
+  const uint32_t u = bytes ^ context.flip;
   constexpr uint32_t kExcess = 0x64806480u;  // 1024 + 128
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t magic = __byte_perm(u, 0x64646464u, i == 0 ? 0x4140 : 0x4342);
+    const uint32_t magic = __byte_perm(u, context.exponent, i == 0 ? 0x4140 : 0x4342);
     pair[i] = Subtract<__half>(magic, kExcess);
   }
 }
@@ -76,13 +93,13 @@ __device__ inline void DequantizeBytes(uint32_t bytes, uint32_t flip, __half, ui
 // bf16 has 7 stored mantissa bits, one too few for 128 + u. Split q = low - 128 * sign:
 // 0x4300 | low is 128 + low, and 0x4300 | (sign << 7) is 128 or 256; their difference is q. uint8
 // has the sign the other way round.
-__device__ inline void DequantizeBytes(uint32_t bytes, uint32_t flip, __nv_bfloat16,
+__device__ inline void DequantizeBytes(uint32_t bytes, ByteContext context, __nv_bfloat16,
                                        uint32_t (&pair)[2]) {
 #pragma unroll
   for (int i = 0; i < 2; ++i) {
-    const uint32_t spread = __byte_perm(bytes, 0x43434343u, i == 0 ? 0x4140 : 0x4342);
+    const uint32_t spread = __byte_perm(bytes, context.exponent, i == 0 ? 0x4140 : 0x4342);
     const uint32_t low = spread & 0xff7fff7fu;
-    const uint32_t sign = MaskFlip<0xff80ff80u>(spread, flip);
+    const uint32_t sign = MaskFlip<0xff80ff80u>(spread, context.flip);
     pair[i] = Subtract<__nv_bfloat16>(low, sign);
   }
 }
@@ -206,13 +223,23 @@ __device__ inline void GroupScales(const uint32_t (&bits)[kCount], DType dtype,
   }
 }
 
-// One 32-bit word of stored weights to pairs of 16-bit floats. `context` is the flip for 8 bits,
-// the group's scale for 4.
+// One 32-bit word of stored weights to pairs of 16-bit floats, in a context: for 4 bits the scale of
+// the group, as GroupScales gives it.
 template <typename Element, WeightKind kKind>
 struct Dequantizer {
   static constexpr int kPairs = 16 / WeightBits(kKind);
+  using Context = std::conditional_t<kKind == WeightKind::k8Bit, ByteContext, uint32_t>;
 
-  __device__ static void Word(uint32_t word, uint32_t context, uint32_t (&pair)[kPairs]) {
+  // The context of weights that have no groups, from what WeightFlip() gave.
+  __device__ static Context Ungrouped(uint32_t flip) {
+    if constexpr (kKind == WeightKind::k8Bit) {
+      return MakeByteContext<Element>(flip);
+    } else {
+      return 0;
+    }
+  }
+
+  __device__ static void Word(uint32_t word, Context context, uint32_t (&pair)[kPairs]) {
     if constexpr (kKind == WeightKind::k16Bit) {
       pair[0] = word;
     } else if constexpr (kKind == WeightKind::k8Bit) {
@@ -224,6 +251,8 @@ struct Dequantizer {
     }
   }
 };
+template <typename Element, WeightKind kKind>
+using WeightContext = typename Dequantizer<Element, kKind>::Context;
 
 }  // namespace moe
 

@@ -149,7 +149,7 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
 
   const double steps = std::ceil(shape.k / tile.step(kind));
   double step = cost.step + cost.block * row_blocks;
-  if (HasGroups(kind) && tile.unpacks(kind) && shape.group_size % tile.step(kind) != 0) {
+  if (HasGroups(kind) && !tile.high() && shape.group_size % tile.step(kind) != 0) {
     step = std::hypot(step, kScaledRow * fitted * tile.n);
   }
   const double tile_time = sharing * (steps * step + cost.tile);

@@ -73,7 +73,9 @@ class DecodeGemm {
 
   // `counter` counts the units handed out; it must be 0 when Run() begins.
   __device__ DecodeGemm(const GroupedGemm& gemm, int32_t* counter, uint32_t weight_flip)
-      : gemm_(gemm), counter_(counter), weight_flip_(weight_flip) {
+      : gemm_(gemm),
+        counter_(counter),
+        context_(Dequantizer<Element, kKind>::Ungrouped(weight_flip)) {
     slices_ = DecodeSlices(Chunks(), Units(), kDecodeWarps * static_cast<int>(gridDim.x));
     __syncwarp();  // all lanes have done with the plan of the GEMM before
     if (FirstLane()) {
@@ -343,7 +345,7 @@ class DecodeGemm {
   __device__ __forceinline__ void Multiply(const Raw& raw, int k,
                                            float (&acc)[2][kTokenBlocks][4]) {
     if constexpr (kTokensAhead) {
-      const uint32_t context[4] = {weight_flip_, weight_flip_, weight_flip_, weight_flip_};
+      const WeightContext<Element, kKind> context[4] = {context_, context_, context_, context_};
       MultiplyScaleWeights<Element, kKind>(raw.row, raw.token, true, context, acc);
     } else {
       const uint4* tokens[kTokenBlocks];
@@ -404,8 +406,8 @@ class DecodeGemm {
 
   const GroupedGemm& gemm_;
   int32_t* counter_;
-  uint32_t weight_flip_;
-  int slices_;  // a power of two
+  WeightContext<Element, kKind> context_;  // where weights have no groups
+  int slices_;                             // a power of two
   Raw batch_[kDepth] = {};
   // Where the loads are.
   int load_k_;

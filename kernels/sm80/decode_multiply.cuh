@@ -37,10 +37,9 @@ __device__ __forceinline__ void MultiplyStep(const uint32_t (&a)[2][4],
 // acc += weights * tokens. The scales of groups multiply each weight. `context` is what Dequantizer
 // takes, for each row. Where a lane's part of k is not `inside`, its tokens count as 0.
 template <typename Element, WeightKind kKind, typename Tokens, int kTokenBlocks>
-__device__ __forceinline__ void MultiplyScaleWeights(const uint4 (&rows)[2][2],
-                                                     const Tokens& tokens, bool inside,
-                                                     const uint32_t (&context)[4],
-                                                     float (&acc)[2][kTokenBlocks][4]) {
+__device__ __forceinline__ void MultiplyScaleWeights(
+    const uint4 (&rows)[2][2], const Tokens& tokens, bool inside,
+    const WeightContext<Element, kKind> (&context)[4], float (&acc)[2][kTokenBlocks][4]) {
   constexpr int kPairs = 16 / WeightBits(kKind);
   // Stored words for 16 bytes of each token's activations: 8 weights, two mma steps.
   constexpr int kWords = 4 / kPairs;
@@ -66,7 +65,7 @@ __device__ __forceinline__ void MultiplyScaleWeights(const uint4 (&rows)[2][2],
 #pragma unroll
       for (int half = 0; half < 2; ++half) {
         const uint4& row = rows[block][half];
-        const uint32_t own = context[2 * block + half];
+        const auto own = context[2 * block + half];
         if constexpr (HasGroups(kKind)) {
           SpreadScaled<Element, kKind>(Word(row, step), own, a[half]);
         } else {

@@ -7,6 +7,7 @@
 #define KERNELS_SM80_EPILOGUE_CUH_
 
 #include <cstdint>
+#include <type_traits>
 
 #include "kernels/common/activation.cuh"
 #include "kernels/common/dequantize.cuh"
@@ -41,21 +42,37 @@ struct Channels {
   __device__ float operator()(int v, float sum) const { return sum * scale[v] + bias[v]; }
 };
 
-template <int kVector>
-__device__ inline void StoreRow(uint16_t* out, const float (&value)[kVector], DType dtype) {
-  uint32_t words[kVector / 2];
-#pragma unroll
-  for (int i = 0; i < kVector / 2; ++i) {
-    words[i] = PackPair(value[2 * i], value[2 * i + 1], dtype);
-  }
-  if constexpr (kVector == 8) {
-    *reinterpret_cast<uint4*>(out) = make_uint4(words[0], words[1], words[2], words[3]);
-  } else if constexpr (kVector == 4) {
-    *reinterpret_cast<uint2*>(out) = make_uint2(words[0], words[1]);
-  } else {
-    static_assert(kVector == 2, "a store is 4, 8 or 16 bytes");
-    *reinterpret_cast<uint32_t*>(out) = words[0];
-  }
+// Stores 4, 8 or 16 bytes, or nothing. The predicate is in the instruction, as in CopyAsync16: a
+// branch around each row's arithmetic and store took as many instructions as those.
+__device__ inline void StoreIf(bool store, const char* out, const uint32_t (&w)[4]) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred store;\n"
+      "  setp.ne.b32 store, %0, 0;\n"
+      "  @store st.global.v4.b32 [%1], {%2, %3, %4, %5};\n"
+      "}\n" ::"r"(static_cast<int>(store)),
+      "l"(out), "r"(w[0]), "r"(w[1]), "r"(w[2]), "r"(w[3])
+      : "memory");
+}
+__device__ inline void StoreIf(bool store, const char* out, const uint32_t (&w)[2]) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred store;\n"
+      "  setp.ne.b32 store, %0, 0;\n"
+      "  @store st.global.v2.b32 [%1], {%2, %3};\n"
+      "}\n" ::"r"(static_cast<int>(store)),
+      "l"(out), "r"(w[0]), "r"(w[1])
+      : "memory");
+}
+__device__ inline void StoreIf(bool store, const char* out, const uint32_t (&w)[1]) {
+  asm volatile(
+      "{\n"
+      "  .reg .pred store;\n"
+      "  setp.ne.b32 store, %0, 0;\n"
+      "  @store st.global.b32 [%1], %2;\n"
+      "}\n" ::"r"(static_cast<int>(store)),
+      "l"(out), "r"(w[0])
+      : "memory");
 }
 
 // `Consumer` says which rows and columns a thread's accumulators belong to.
@@ -67,17 +84,24 @@ __device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int
   const WarpPlace warp = GetWarpPlace<T>();
   const WorkItem item = queue.Item(turn);
 
+  const int first_row = Consumer::FirstRow(warp);
   float row_scale[Consumer::kThreadRows];
-  if constexpr (!T::kGated) {
+#pragma unroll
+  for (float& scale : row_scale) scale = 1.0f;
+  if (!T::kGated && gemm.slot_scales != nullptr) {
 #pragma unroll
     for (int i = 0; i < Consumer::kThreadRows; ++i) {
-      row_scale[i] = 1.0f;
-      const int row = Consumer::Row(warp, i);
-      if (gemm.slot_scales != nullptr && row < item.rows) {
+      const int row = first_row + Consumer::RowOffset(i);
+      if (TileQueue<T>::kHasWords || row < item.rows) {
         row_scale[i] = __uint_as_float(queue.Word(turn, item, row));
       }
     }
   }
+  // A GEMM with a gate is followed by one that reads its output. That may have the other dtype: bf16
+  // holds sums that fp16 cannot.
+  const DType dtype = !T::kGated                                    ? gemm.out_dtype
+                      : std::is_same_v<typename T::Element, __half> ? DType::kFloat16
+                                                                    : DType::kBFloat16;
 
   DispatchActivation<T::kGated>(gemm.activation, [&](auto tag) {
     constexpr Activation kActivation = decltype(tag)::value;
@@ -95,10 +119,13 @@ __device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int
       constexpr int kGate = Columns::kHalves - 1;
       const Channels<T> gate(gemm, (expert_row + kGate) * gemm.columns + column, shared,
                              kGate * T::kTileColumns + place);
+      const char* out =
+          static_cast<const char*>(gemm.out) +
+          (static_cast<int64_t>(item.row_begin + first_row) * gemm.columns + column) * 2;
 #pragma unroll
       for (int i = 0; i < Consumer::kThreadRows; ++i) {
-        const int row = Consumer::Row(warp, i);
-        if (row >= item.rows) continue;
+        // No lane has that row or a later one.
+        if (i % 2 == 0 && Consumer::RowOffset(i) >= item.rows) break;
         float value[kVector];
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
@@ -110,9 +137,13 @@ __device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int
             value[v] = row_scale[i] * Apply<kActivation>(up(v, sum));
           }
         }
-        StoreRow(static_cast<uint16_t*>(gemm.out) +
-                     static_cast<int64_t>(item.row_begin + row) * gemm.columns + column,
-                 value, gemm.out_dtype);
+        uint32_t words[kVector / 2];
+#pragma unroll
+        for (int v = 0; v < kVector / 2; ++v) {
+          words[v] = PackPair(value[2 * v], value[2 * v + 1], dtype);
+        }
+        const int offset = Consumer::RowOffset(i);
+        StoreIf(first_row + offset < item.rows, WideOffset(out, gemm.columns * 2, offset), words);
       }
     }
   });

@@ -23,7 +23,8 @@
 // The loop is flat over steps, (tile, kStep of k). A step multiplies one stage and, between its
 // mmas, starts the copies for the step kStages - 1 ahead, whichever tile that belongs to, into the
 // stage that was multiplied before. Weights that are not stored in 16 bits are unpacked in
-// registers in tiles of few rows; in others they are widened between the mmas, too, one step ahead.
+// registers, in low tiles (unpacking_mainloop.cuh) and in high ones (high_unpacking_mainloop.cuh);
+// in tiles of 256 rows they are widened between the mmas, too, one step ahead (loader.cuh).
 // A step's last mmas run while the warps meet at the barrier that publishes the next stage and
 // while the first fragments of that one are loaded.
 //
@@ -36,6 +37,7 @@
 
 #include "kernels/sm80/epilogue.cuh"
 #include "kernels/sm80/grouped_gemm.h"
+#include "kernels/sm80/high_unpacking_mainloop.cuh"
 #include "kernels/sm80/loader.cuh"
 #include "kernels/sm80/mainloop.cuh"
 #include "kernels/sm80/scheduler.cuh"
@@ -52,7 +54,9 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
 
   TileQueue<T> queue(gemm, shared);
   Loader<T> loader(gemm, queue, shared, weight_flip);
-  using Consumer = std::conditional_t<T::kUnpacks, UnpackingMainloop<T>, Mainloop<T>>;
+  using Unpacking =
+      std::conditional_t<T::kTile.high(), HighUnpackingMainloop<T>, UnpackingMainloop<T>>;
+  using Consumer = std::conditional_t<T::kUnpacks, Unpacking, Mainloop<T>>;
   Consumer mainloop(shared, weight_flip);
 
   // Scales wait here for a step before they are stored to their stage: of each step that begins
@@ -169,7 +173,7 @@ cudaError_t LaunchWith(const GroupedGemm& gemm, int blocks, cudaStream_t stream)
 template <int kTileIndex, DType kDType, WeightKind kKind>
 cudaError_t LaunchGroupedGemm(const GroupedGemm& gemm, int blocks, cudaStream_t stream) {
   constexpr Tile kTile = kTiles[kTileIndex];
-  if constexpr (kKind == WeightKind::kInt4 && kTile.unpacks(kKind)) {
+  if constexpr (kTile.scales_sums(kKind)) {
     if (gemm.group_size % kTile.step(kKind) == 0) {
       return LaunchWith<kTileIndex, kDType, kKind, true>(gemm, blocks, stream);
     }

@@ -59,7 +59,9 @@ class Loader {
  public:
   __device__ Loader(const GroupedGemm& gemm, TileQueue<T>& queue, char* shared,
                     uint32_t weight_flip)
-      : gemm_(gemm), queue_(queue), weight_flip_(weight_flip) {
+      : gemm_(gemm),
+        queue_(queue),
+        context_(Dequantizer<Element, T::kKind>::Ungrouped(weight_flip)) {
     const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     shared_a_ = base + RowA() * T::kRowBytes + (ChunkA() ^ SwizzleA<T>(RowA())) * 16;
     shared_b_ = T::kWidens    ? base + T::kBytesA + threadIdx.x * 16
@@ -70,6 +72,7 @@ class Loader {
       wide_ = shared + T::kWidePlace + RowB() * T::kRowBytes;
     }
     if constexpr (kGroups && T::kUnpacks) scales_ = shared + T::kScalesPlace;
+    if constexpr (T::kHasChannels) channels_ = base + T::kChannelsPlace + threadIdx.x * 16;
     BeginTile();
   }
 
@@ -127,7 +130,7 @@ class Loader {
       for (int i = kPart; i < T::kLoadsB; i += kParts) {
         const uint4 v = *reinterpret_cast<const uint4*>(stored_ + stage + i * T::kThreads * 16);
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-        uint32_t context[1] = {weight_flip_};
+        WeightContext<Element, T::kKind> context[1] = {context_};
         if constexpr (kGroups) {
           const uint32_t bits[1] = {scale_[0][i]};
           GroupScales<Element, T::kKind>(bits, gemm_.weight_scale_dtype, context);
@@ -286,9 +289,7 @@ class Loader {
         (static_cast<int64_t>(item.expert) * Columns::kHalves + n / T::kTileColumns) *
             gemm_.columns +
         column;
-    static_assert(T::kWidens, "shared_b_ is the thread's chunk there");
-    CopyAsync16(shared_b_ - T::kBytesA + T::kChannelsPlace,
-                static_cast<const char*>(gemm_.weight_scales) + (row << size_log2),
+    CopyAsync16(channels_, static_cast<const char*>(gemm_.weight_scales) + (row << size_log2),
                 n < T::kTile.n && column < gemm_.columns, 16);
   }
 
@@ -322,7 +323,9 @@ class Loader {
     b_ = static_cast<const char*>(gemm_.weights) + row * row_bytes + ChunkB() * 16;
     if constexpr (kGroups && T::kWidens) first_row_ = static_cast<uint32_t>(row);
     if constexpr (kGroups && T::kUnpacks) {
-      const int n = min(static_cast<int>(threadIdx.x), T::kTile.n - 1);
+      int n = min(static_cast<int>(threadIdx.x), T::kTile.n - 1);
+      // The empty asm keeps the compiler from holding what follows from it through the loop over k.
+      if constexpr (T::kTile.lean(T::kKind)) asm volatile("" : "+r"(n));
       const int own = min(item.column + Columns::Column(n), gemm_.columns - 1);
       const auto scale_row = static_cast<uint32_t>(item.expert * expert_rows + own +
                                                    (Columns::IsGate(n) ? gemm_.columns : 0));
@@ -332,7 +335,7 @@ class Loader {
 
   const GroupedGemm& gemm_;
   TileQueue<T>& queue_;
-  uint32_t weight_flip_;
+  WeightContext<Element, T::kKind> context_;  // of weights that have no groups
   int32_t turn_ = 0;
   int32_t k_left_;              // of the tile's k, from this step on: beyond it are zeros
   uint32_t shared_a_;           // where the thread's first chunk of A goes, in the first stage
@@ -341,6 +344,7 @@ class Loader {
   const char* a_ = nullptr;     // of the input, at the thread's chunk of the step
   uint32_t row_a_[T::kLoadsA];  // where its rows of the input begin, in chunks of 16 bytes
   const char* b_ = nullptr;     // the thread's first weight row, at its chunk of the step
+  uint32_t channels_;           // where its chunk of the weight rows' scales goes
   // Weights that are widened:
   const char* stored_;  // the thread's first chunk in the first stage
   char* wide_;          // the thread's first row in the first of the two buffers

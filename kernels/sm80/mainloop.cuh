@@ -28,7 +28,7 @@ class Mainloop {
   // The 16-row blocks of a tile go round among the warps along m, so that those of a partly filled
   // tile keep all of them busy: the rows of a warp's block m begin at this multiple of 16 rows, its
   // first block's at warp.m * 16.
-  static constexpr int kRowBlockStep = T::kTile.warps_m * 16;
+  static constexpr int kRowBlockStep = T::kWarpsM * 16;
 
  public:
   using Accumulators = float[kMmaM][kMmaN][4];
@@ -50,16 +50,17 @@ class Mainloop {
 
   // How many 16-row blocks of the warp hold any of a tile's rows.
   __device__ static int Active(int rows) {
-    if constexpr (kMmaM == 1 && T::kTile.warps_m == 1) return 1;
+    if constexpr (kMmaM == 1 && T::kWarpsM == 1) return 1;
     return max(0, (rows - GetWarpPlace<T>().m * 16 + kRowBlockStep - 1) / kRowBlockStep);
   }
 
-  // Where a thread's sums belong, for the epilogue: the i-th of its rows, the first of kVector
-  // columns of a group, and the sum in one of them.
+  // Where a thread's sums belong, for the epilogue: its first row, how far the i-th is from that, the
+  // first of kVector columns of a group, and the sum in one of them.
   static constexpr int kThreadRows = 2 * kMmaM;
-  __device__ static int Row(const WarpPlace& warp, int i) {
-    return warp.m * 16 + threadIdx.x % 32 / 4 + i / 2 * kRowBlockStep + i % 2 * 8;
+  __device__ static int FirstRow(const WarpPlace& warp) {
+    return warp.m * 16 + threadIdx.x % 32 / 4;
   }
+  __device__ static constexpr int RowOffset(int i) { return i / 2 * kRowBlockStep + i % 2 * 8; }
   __device__ static int Column(const WarpPlace& warp, int group) {
     return warp.n * Columns::kWarpColumns + threadIdx.x % 4 * Columns::kVector +
            group * 8 * Columns::kGroup;

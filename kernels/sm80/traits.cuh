@@ -81,9 +81,10 @@ struct Traits {
   static constexpr int kStages = kTile.stages[static_cast<int>(kKind)];
   static constexpr bool kHasChannels = kTile.has_channels(kKind);
   static constexpr int kBlocks = kTile.blocks[static_cast<int>(kKind)];
-  static constexpr int kWarpM = kTile.m / kTile.warps_m;
+  static constexpr int kWarpsM = kTile.warps_m(kKind);
+  static constexpr int kWarpM = kTile.m / kWarpsM;
   static constexpr int kSlices = kTile.slices(kKind);  // of a step's k, each a warp's
-  static constexpr int kWarpsN = kTile.warps_n / kSlices;
+  static constexpr int kWarpsN = kTile.warps_n(kKind) / kSlices;
   static constexpr int kWarpN = kTile.n / kWarpsN;
   using Columns = std::conditional_t<kUnpacks, RowMap<kWarpN, kGated>, ColumnMap<kWarpN, kGated>>;
   static constexpr int kTileColumns = kTile.n / Columns::kHalves;  // of the output
@@ -134,12 +135,15 @@ __device__ constexpr int Swizzle(int row) { return row % 8; }
 
 // Where weights are unpacked, the four lanes 4g + q together read what row g of A has beside a
 // chunk of stored weights: kReadBytes. The rows that are read together, 128 bytes of them, must not
-// meet in the banks.
+// meet in the banks. (Of 4-bit weights high tiles read halves of chunks, from twice as many rows:
+// high_unpacking_mainloop.cuh.)
 template <typename T>
 inline constexpr int kReadBytes = 256 / WeightBits(T::kKind);
 template <typename T>
 __device__ constexpr int SwizzleA(int row) {
-  return T::kUnpacks ? row % (128 / kReadBytes<T>)*(kReadBytes<T> / 16) : Swizzle(row);
+  if constexpr (!T::kUnpacks) return Swizzle(row);
+  const int swizzle = row % (128 / kReadBytes<T>)*(kReadBytes<T> / 16);
+  return T::kTile.high() && WeightBits(T::kKind) == 4 ? swizzle + row / 2 % 2 : swizzle;
 }
 // Rows of stored weights may be shorter than 128 bytes; then several share the banks.
 template <typename T>
@@ -157,7 +161,9 @@ struct WarpPlace {
 template <typename T>
 __device__ inline WarpPlace GetWarpPlace() {
   const int warp = __shfl_sync(0xffffffffu, threadIdx.x / 32, 0);
-  return {warp / T::kTile.warps_n, warp % T::kWarpsN, warp % T::kTile.warps_n / T::kWarpsN};
+  constexpr int kWarpsOfRow = T::kWarpsN * T::kSlices;
+  const int m = T::kWarpsM == 1 ? 0 : warp / kWarpsOfRow;
+  return {m, warp % T::kWarpsN, warp % kWarpsOfRow / T::kWarpsN};
 }
 
 }  // namespace moe::sm80

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The consumer half where weights are not stored in 16 bits and each warp has its weight rows
-// alone: they go from shared memory to registers as they are stored, and become 16-bit floats
-// there.
+// The consumer half of low tiles where weights are not stored in 16 bits: they go from shared memory
+// to registers as they are stored, and become 16-bit floats there. Each warp has its weight rows
+// alone.
 //
 // Weights take the 16-row side of mma.m16n8k16, rows of A the 8 columns. Which k an mma step takes
 // does not matter as long as both operands agree. ldmatrix, told that rows of 16 stored bytes are
@@ -28,9 +28,12 @@
 
 namespace moe::sm80 {
 
+// Which sums are whose where weights take the 16-row side. All as in mainloop.cuh.
 template <typename T>
-class UnpackingMainloop {
+class UnpackedSums {
   using Columns = typename T::Columns;
+
+ protected:
   static constexpr int kBlocks = T::kWarpN / 8;      // of 8 weight rows; an mma takes two
   static constexpr int kRowBlocks = T::kTile.m / 8;  // of A
   // Code for 1 or 2, 3 or 4, ... active row blocks, or for each number of them.
@@ -38,10 +41,34 @@ class UnpackingMainloop {
 
  public:
   using Accumulators = float[kBlocks / 2][kRowBlocks][4];
+
+  __device__ static int Active(int rows) { return (rows + 7) / 8; }
+
+  static constexpr int kThreadRows = 2 * kRowBlocks;
+  __device__ static int FirstRow(const WarpPlace&) { return threadIdx.x % 4 * 2; }
+  __device__ static constexpr int RowOffset(int i) { return i / 2 * 8 + i % 2; }
+  __device__ static int Column(const WarpPlace& warp, int) {
+    return warp.n * Columns::kWarpColumns + threadIdx.x % 32 / 4 * Columns::kVector;
+  }
+  __device__ static float Sum(const Accumulators& acc, int i, int, int v, bool gate) {
+    const int block = v + (gate ? Columns::kVector : 0);
+    return acc[block / 2][i / 2][block % 2 * 2 + i % 2];
+  }
+};
+
+template <typename T>
+class UnpackingMainloop : public UnpackedSums<T> {
+  using Base = UnpackedSums<T>;
+  using Base::kBlocks;
+  using Base::kGranule;
+  using Base::kRowBlocks;
+
+ public:
+  using Accumulators = typename Base::Accumulators;
   static constexpr int kParts = T::kStoredChunks / T::kSlices;  // of a step: a chunk of each row
 
   __device__ UnpackingMainloop(const char* shared, uint32_t weight_flip)
-      : shared_(shared), weight_flip_(weight_flip) {
+      : shared_(shared), context_(Words::Ungrouped(weight_flip)) {
     const int lane = threadIdx.x % 32;
     const int row = lane / 4;
     const WarpPlace warp = GetWarpPlace<T>();
@@ -56,21 +83,7 @@ class UnpackingMainloop {
     if constexpr (T::kSlices > 1) slice_ = warp.slice;
   }
 
-  // All as in mainloop.cuh.
-
-  __device__ static int Active(int rows) { return (rows + 7) / 8; }
-
-  static constexpr int kThreadRows = 2 * kRowBlocks;
-  __device__ static int Row(const WarpPlace&, int i) {
-    return i / 2 * 8 + threadIdx.x % 4 * 2 + i % 2;
-  }
-  __device__ static int Column(const WarpPlace& warp, int) {
-    return warp.n * Columns::kWarpColumns + threadIdx.x % 32 / 4 * Columns::kVector;
-  }
-  __device__ static float Sum(const Accumulators& acc, int i, int, int v, bool gate) {
-    const int block = v + (gate ? Columns::kVector : 0);
-    return acc[block / 2][i / 2][block % 2 * 2 + i % 2];
-  }
+  // As in mainloop.cuh.
 
   __device__ void Prime(StagePlace first) { LoadWeights(first, 0); }
 
@@ -127,6 +140,7 @@ class UnpackingMainloop {
   }
 
  private:
+  using Words = Dequantizer<typename T::Element, T::kKind>;
   static constexpr int kRegisters = kReadBytes<T> / 16;  // of a row, for a lane and a part
   using Rows = uint32_t[kRowBlocks][kRegisters];
   using Fragments = uint32_t[kRegisters / 2][4];  // of 16 weight rows
@@ -202,9 +216,10 @@ class UnpackingMainloop {
     uint32_t pairs[kRegisters];
     if constexpr (T::kScaleSums) {
       CenterInt4(word, typename T::Element{}, pairs);
+    } else if constexpr (HasGroups(T::kKind)) {
+      Words::Word(word, factor, pairs);
     } else {
-      Dequantizer<typename T::Element, T::kKind>::Word(
-          word, HasGroups(T::kKind) ? factor : weight_flip_, pairs);
+      Words::Word(word, context_, pairs);
     }
 #pragma unroll
     for (int p = 0; p < kRegisters; ++p) weights[p / 2][p % 2 * 2 + half] = pairs[p];
@@ -227,7 +242,7 @@ class UnpackingMainloop {
 
   uint32_t words_[kBlocks];  // of the next part: of one row of each block
   const char* shared_;
-  uint32_t weight_flip_;
+  typename Words::Context context_;  // of weights that have no groups
   // Byte offsets at the first part, which others exclusive-or into a position in the row: of the
   // lane's first row of A, at its part of a chunk's k, and of the row that it names to ldmatrix.
   int offset_a_;
