@@ -43,27 +43,27 @@ struct Cost {
 
 // By tile, then bits of a weight: 16, 8, 4.
 constexpr Cost kCosts[][3] = {
-    {{0.233, 0.075, 1.05, 4.38}, {0.138, 0.260, 1.46, 4.18}, {0.124, 0.304, 1.10, 2.65}},  // 16x64
-    {{0.237, 0.075, 0.30, 4.22}, {0.020, 0.550, 1.28, 3.86}, {0.020, 0.528, 0.95, 2.80}},  // 16x128
-    {{0.046, 0.412, 1.40, 4.37}, {0.367, 0.122, 2.06, 3.86}, {0.405, 0.171, 1.37, 2.31}},  // 32x64
-    {{0.127, 0.140, 1.81, 4.27}, {0.024, 0.217, 3.32, 3.66}, {0.223, 0.361, 1.55, 2.56}},  // 32x128
-    {{0.401, 0.098, 1.75, 4.22}, {0.367, 0.050, 3.13, 3.36}, {0.521, 0.121, 2.70, 2.35}},  // 64x128
-    {{0.583, 0.096, 0.51, 4.41},
-     {0.841, 0.075, 1.45, 2.88},
-     {0.806, 0.074, 0.81, 4.35}},  // 128x128
-    {{0.614, 0.080, 0.78, 4.24},
-     {0.618, 0.087, 3.52, 2.17},
-     {0.815, 0.071, 2.33, 2.00}},  // 128x256
-    {{0.511, 0.046, 1.00, 4.41},
-     {0.593, 0.040, 1.83, 4.41},
-     {0.666, 0.038, 0.85, 2.35}},  // 256x128
+    {{0.324, 0.051, 1.07, 4.27}, {0.230, 0.215, 1.30, 4.30}, {0.020, 0.367, 1.08, 2.54}},  // 16x64
+    {{0.296, 0.050, 0.30, 4.22}, {0.534, 0.047, 1.36, 3.86}, {0.467, 0.044, 0.63, 2.71}},  // 16x128
+    {{0.030, 0.507, 1.47, 4.31}, {0.382, 0.140, 1.91, 3.90}, {0.429, 0.084, 1.28, 2.17}},  // 32x64
+    {{0.027, 0.284, 1.81, 4.23}, {0.181, 0.091, 2.99, 3.67}, {0.170, 0.348, 1.51, 2.54}},  // 32x128
+    {{0.457, 0.082, 1.76, 4.19}, {0.345, 0.056, 3.02, 3.42}, {0.430, 0.164, 2.41, 2.15}},  // 64x128
+    {{0.618, 0.089, 0.34, 4.41},
+     {0.241, 0.075, 1.02, 2.85},
+     {0.551, 0.059, 1.23, 2.12}},  // 128x128
+    {{0.677, 0.069, 0.30, 4.15},
+     {0.602, 0.045, 0.40, 2.88},
+     {0.741, 0.048, 0.89, 3.95}},  // 128x256
+    {{0.397, 0.054, 0.91, 3.41},
+     {0.628, 0.041, 1.63, 4.41},
+     {0.659, 0.044, 1.63, 4.41}},  // 256x128
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
 
 constexpr double kLastResort = 1e12;  // us: beyond any time
 
 // Microseconds of a GEMM in tiles before its first bytes arrive and after its last tile.
-constexpr double kGemmStart = 3.9;
+constexpr double kGemmStart = 3.5;
 
 // Where unpacked 4-bit weights are scaled one by one, not in sums, that takes so long a k step: us a
 // weight row of the blocks that a multiprocessor holds.
@@ -75,16 +75,16 @@ constexpr double kTilesOverhead = 8.5;
 
 // One launch for the layer takes a start, routing included, and its weights, as often as they are
 // passed over.
-constexpr double kLayerStart = 10.3;  // us
+constexpr double kLayerStart = 11.4;  // us
 // TB/s of the whole chip, by kernel, then bits of a weight.
 constexpr double kDecodeBandwidths[][3] = {
-    {4.45, 4.07, 3.00},
-    {4.23, 3.65, 2.42},
+    {4.45, 4.08, 3.03},
+    {4.30, 3.70, 2.44},
 };
 static_assert(sizeof(kDecodeBandwidths) / sizeof(kDecodeBandwidths[0]) == kNumDecodeKernels,
               "one row each");
 // How much longer its 4-bit weights take where they are scaled one by one.
-constexpr double kScaledLayer = 1.18;
+constexpr double kScaledLayer = 1.15;
 
 constexpr int CostColumn(WeightKind kind) {
   return kind == WeightKind::k16Bit ? 0 : kind == WeightKind::k8Bit ? 1 : 2;
@@ -134,11 +134,8 @@ double Microseconds(int index, WeightKind kind, const Shape& shape, const Device
   const Cost& cost = kCosts[index][CostColumn(kind)];
   const double column_tiles = std::ceil(shape.weight_rows / tile.n);
   const double row_tiles = RowTiles(shape.rows, tile.m);
-  // Of the busiest block's tiles: an expert's row tiles follow each other in the list that blocks
-  // walk in strides of the grid, which few row tiles divide, so that some blocks get full ones only.
   const int block_height = tile.unpacks(kind) ? 8 : 16;
-  const double row_blocks = std::min(RowTiles(shape.rows, block_height) / shape.rows.touched,
-                                     static_cast<double>(tile.m / block_height));
+  const double row_blocks = RowTiles(shape.rows, block_height) / row_tiles;  // of a tile
 
   // Blocks of a multiprocessor share it: alone, each runs faster, down to the 8 warps that the
   // mainloop needs to hide its own latency.
@@ -188,9 +185,9 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
   for (int tile = 0; tile < kNumTiles; ++tile) {
     if (ResidentBlocks(tile, kind, device) == 0) continue;
     double time = Microseconds(tile, kind, shape, device);
-    // Low tiles were the best where one takes an expert's rows. Beyond, only if nothing else fits:
-    // each reads the expert's weights from L2 again, which the model leaves out.
-    if (kTiles[tile].m <= 32 && shape.rows.mean > kTiles[tile].m) time += kLastResort;
+    // Low tiles were the best where one takes nearly every expert's rows. Beyond, only if nothing else
+    // fits: each reads the expert's weights from L2 again, which the model leaves out.
+    if (kTiles[tile].m <= 32 && shape.rows.mean > 0.9 * kTiles[tile].m) time += kLastResort;
     if (time < best.microseconds) best = {tile, time};
   }
   return best;

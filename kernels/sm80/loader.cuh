@@ -196,12 +196,18 @@ class Loader {
   static constexpr int kStepScales = T::kScaleSums ? 1 : T::kStep / 32;
   using ScaleBits = uint32_t[kStepScales];
 
-  // Loads the scales of the step that is being copied. Where there is nothing to copy some other
-  // scale is read, as above.
-  __device__ void LoadScales(ScaleBits& bits) const {
+  // Loads the scales of the step that is being copied, unless the group of the step before, whose
+  // scales are given, goes on: a warp's loads are of 32 rows, and take as long as 32 of one row.
+  // Where there is nothing to copy some other scale is read, as above.
+  __device__ void LoadScales(const ScaleBits& before, ScaleBits& bits) const {
     if constexpr (kGroups && T::kUnpacks) {
       const int group_log2 = 31 - __clz(gemm_.group_size);
       const int k_first = gemm_.k - k_left_;
+      if (T::kTile.high() && (k_first & (gemm_.group_size - 1)) != 0) {
+#pragma unroll
+        for (int i = 0; i < kStepScales; ++i) bits[i] = before[i];
+        return;
+      }
 #pragma unroll
       for (int i = 0; i < kStepScales; ++i) {
         // A group's scale is loaded once.
