@@ -43,27 +43,27 @@ struct Cost {
 
 // By tile, then bits of a weight: 16, 8, 4.
 constexpr Cost kCosts[][3] = {
-    {{0.324, 0.051, 1.07, 4.27}, {0.230, 0.215, 1.30, 4.30}, {0.020, 0.367, 1.08, 2.54}},  // 16x64
-    {{0.296, 0.050, 0.30, 4.22}, {0.534, 0.047, 1.36, 3.86}, {0.467, 0.044, 0.63, 2.71}},  // 16x128
-    {{0.030, 0.507, 1.47, 4.31}, {0.382, 0.140, 1.91, 3.90}, {0.429, 0.084, 1.28, 2.17}},  // 32x64
-    {{0.027, 0.284, 1.81, 4.23}, {0.181, 0.091, 2.99, 3.67}, {0.170, 0.348, 1.51, 2.54}},  // 32x128
-    {{0.457, 0.082, 1.76, 4.19}, {0.345, 0.056, 3.02, 3.42}, {0.430, 0.164, 2.41, 2.15}},  // 64x128
-    {{0.618, 0.089, 0.34, 4.41},
-     {0.241, 0.075, 1.02, 2.85},
-     {0.551, 0.059, 1.23, 2.12}},  // 128x128
-    {{0.677, 0.069, 0.30, 4.15},
-     {0.602, 0.045, 0.40, 2.88},
-     {0.741, 0.048, 0.89, 3.95}},  // 128x256
-    {{0.397, 0.054, 0.91, 3.41},
-     {0.628, 0.041, 1.63, 4.41},
-     {0.659, 0.044, 1.63, 4.41}},  // 256x128
+    {{0.300, 0.050, 0.98, 4.32}, {0.201, 0.210, 1.37, 4.21}, {0.020, 0.356, 1.10, 2.55}},  // 16x64
+    {{0.284, 0.050, 0.30, 4.27}, {0.499, 0.050, 1.44, 3.88}, {0.458, 0.043, 0.62, 2.72}},  // 16x128
+    {{0.030, 0.483, 1.36, 4.35}, {0.357, 0.139, 1.96, 3.89}, {0.406, 0.094, 1.32, 2.18}},  // 32x64
+    {{0.027, 0.279, 1.62, 4.28}, {0.153, 0.102, 3.12, 3.71}, {0.162, 0.344, 1.55, 2.56}},  // 32x128
+    {{0.441, 0.080, 1.65, 4.24}, {0.344, 0.057, 2.89, 3.45}, {0.417, 0.156, 2.56, 2.15}},  // 64x128
+    {{0.579, 0.089, 0.36, 4.41},
+     {0.263, 0.073, 1.23, 2.93},
+     {0.608, 0.052, 1.21, 2.76}},  // 128x128
+    {{0.670, 0.067, 0.36, 4.26},
+     {0.565, 0.048, 0.77, 3.06},
+     {0.732, 0.045, 0.89, 4.41}},  // 128x256
+    {{0.382, 0.053, 0.80, 3.43},
+     {0.597, 0.043, 1.63, 4.41},
+     {0.644, 0.043, 1.34, 4.41}},  // 256x128
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
 
 constexpr double kLastResort = 1e12;  // us: beyond any time
 
 // Microseconds of a GEMM in tiles before its first bytes arrive and after its last tile.
-constexpr double kGemmStart = 3.5;
+constexpr double kGemmStart = 3.6;
 
 // Where unpacked 4-bit weights are scaled one by one, not in sums, that takes so long a k step: us a
 // weight row of the blocks that a multiprocessor holds.
@@ -71,20 +71,20 @@ constexpr double kScaledRow = 0.0030;
 
 // Microseconds of a layer in tiles beside its GEMMs: routing, finalize, what passes between four
 // launches.
-constexpr double kTilesOverhead = 8.5;
+constexpr double kTilesOverhead = 8.4;
 
 // One launch for the layer takes a start, routing included, and its weights, as often as they are
 // passed over.
 constexpr double kLayerStart = 11.4;  // us
 // TB/s of the whole chip, by kernel, then bits of a weight.
 constexpr double kDecodeBandwidths[][3] = {
-    {4.45, 4.08, 3.03},
-    {4.30, 3.70, 2.44},
+    {4.45, 4.07, 3.04},
+    {4.34, 3.74, 2.44},
 };
 static_assert(sizeof(kDecodeBandwidths) / sizeof(kDecodeBandwidths[0]) == kNumDecodeKernels,
               "one row each");
 // How much longer its 4-bit weights take where they are scaled one by one.
-constexpr double kScaledLayer = 1.15;
+constexpr double kScaledLayer = 1.16;
 
 constexpr int CostColumn(WeightKind kind) {
   return kind == WeightKind::k16Bit ? 0 : kind == WeightKind::k8Bit ? 1 : 2;
@@ -186,8 +186,11 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
     if (ResidentBlocks(tile, kind, device) == 0) continue;
     double time = Microseconds(tile, kind, shape, device);
     // Low tiles were the best where one takes nearly every expert's rows. Beyond, only if nothing else
-    // fits: each reads the expert's weights from L2 again, which the model leaves out.
-    if (kTiles[tile].m <= 32 && shape.rows.mean > 0.9 * kTiles[tile].m) time += kLastResort;
+    // fits: each reads the expert's weights from L2 again, which the model leaves out. Nor are high
+    // ones considered where rows fill less than an eighth of one: the costs were not fitted there.
+    const int height = kTiles[tile].m;
+    if (height <= 32 && shape.rows.mean > 0.9 * height) time += kLastResort;
+    if (height > 32 && shape.rows.mean < height / 8.0) time += kLastResort;
     if (time < best.microseconds) best = {tile, time};
   }
   return best;
