@@ -68,14 +68,17 @@ struct ByteContext {
   uint32_t exponent;  // the upper byte of what they become, four times
 };
 
-// The exponent is in a register. As a constant, beside the constant that selects bytes, it is one
+template <typename Element>
+inline constexpr uint32_t kByteExponent = std::is_same_v<Element, __half> ? 0x64646464 : 0x43434343;
+
+// With the exponent in a register. As a constant, beside the constant that selects bytes, it is one
 // more than byte_perm's instruction can hold: each was preceded by another that moved one of them.
 template <typename Element>
 __device__ inline ByteContext MakeByteContext(uint32_t flip) {
   uint32_t lane;
   asm volatile("mov.u32 %0, %%laneid;" : "=r"(lane));
   const uint32_t zero = lane / 32;  // which the compiler does not know
-  return {flip, (std::is_same_v<Element, __half> ? 0x64646464u : 0x43434343u) + zero};
+  return {flip, kByteExponent<Element> + zero};
 }
 
 // 1024 + u is 0x6400 | u in fp16; int8 becomes u by flipping its sign bit.

@@ -124,8 +124,13 @@ __device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int
           (static_cast<int64_t>(item.row_begin + first_row) * gemm.columns + column) * 2;
 #pragma unroll
       for (int i = 0; i < Consumer::kThreadRows; ++i) {
-        // No lane has that row or a later one.
-        if (i % 2 == 0 && Consumer::RowOffset(i) >= item.rows) break;
+        const int offset = Consumer::RowOffset(i);
+        if constexpr (T::kWidens) {
+          // Those have no registers for what follows of several rows at once.
+          if (first_row + offset >= item.rows) continue;
+        } else if (i % 2 == 0 && offset >= item.rows) {
+          break;  // no lane has that row or a later one
+        }
         float value[kVector];
 #pragma unroll
         for (int v = 0; v < kVector; ++v) {
@@ -142,7 +147,6 @@ __device__ void Epilogue(const GroupedGemm& gemm, const TileQueue<T>& queue, int
         for (int v = 0; v < kVector / 2; ++v) {
           words[v] = PackPair(value[2 * v], value[2 * v + 1], dtype);
         }
-        const int offset = Consumer::RowOffset(i);
         StoreIf(first_row + offset < item.rows, WideOffset(out, gemm.columns * 2, offset), words);
       }
     }

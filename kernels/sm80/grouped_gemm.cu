@@ -67,14 +67,14 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
   for (int s = 0; s < T::kStages - 2; ++s) {
     loader.template Issue<0, 1>(s * T::kStageBytes);
     cute::cp_async_fence();
-    loader.LoadScales(scales[s == 0 ? 0 : s - 1], scales[s]);
+    loader.LoadScales(scales[s]);
     loader.PushScales();
     __syncthreads();  // one between turns, for the queue
     loader.Advance();
   }
   loader.template Issue<0, 1>((T::kStages - 2) * T::kStageBytes);
   cute::cp_async_fence();
-  loader.LoadScales(scales[T::kStages - 3], scales[T::kStages - 2]);
+  loader.LoadScales(scales[T::kStages - 2]);
 #pragma unroll
   for (int s = 0; s < T::kStages - 2; ++s) loader.StoreScales(scales[s], s * T::kStageBytes);
   // The thread's own copies of the next step: what it widens.
@@ -124,7 +124,7 @@ __global__ void __launch_bounds__(T::kThreads, T::kBlocks)
             if constexpr (kPart == kParts - 1) cute::cp_async_fence();
           },
           publish);
-      loader.LoadScales(scales[T::kStages - 2], scales[T::kStages - 2]);
+      loader.template LoadScales<T::kTile.high()>(scales[T::kStages - 2]);
       loader.PushScales();
       loader.Advance();
       stage = next;

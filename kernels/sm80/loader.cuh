@@ -59,9 +59,7 @@ class Loader {
  public:
   __device__ Loader(const GroupedGemm& gemm, TileQueue<T>& queue, char* shared,
                     uint32_t weight_flip)
-      : gemm_(gemm),
-        queue_(queue),
-        context_(Dequantizer<Element, T::kKind>::Ungrouped(weight_flip)) {
+      : gemm_(gemm), queue_(queue), weight_flip_(weight_flip) {
     const auto base = static_cast<uint32_t>(__cvta_generic_to_shared(shared));
     shared_a_ = base + RowA() * T::kRowBytes + (ChunkA() ^ SwizzleA<T>(RowA())) * 16;
     shared_b_ = T::kWidens    ? base + T::kBytesA + threadIdx.x * 16
@@ -72,7 +70,6 @@ class Loader {
       wide_ = shared + T::kWidePlace + RowB() * T::kRowBytes;
     }
     if constexpr (kGroups && T::kUnpacks) scales_ = shared + T::kScalesPlace;
-    if constexpr (T::kHasChannels) channels_ = base + T::kChannelsPlace + threadIdx.x * 16;
     BeginTile();
   }
 
@@ -130,12 +127,15 @@ class Loader {
       for (int i = kPart; i < T::kLoadsB; i += kParts) {
         const uint4 v = *reinterpret_cast<const uint4*>(stored_ + stage + i * T::kThreads * 16);
         const uint32_t words[4] = {v.x, v.y, v.z, v.w};
-        WeightContext<Element, T::kKind> context[1] = {context_};
+        using Words = Dequantizer<Element, T::kKind>;
+        typename Words::Context context[1];
         if constexpr (kGroups) {
           const uint32_t bits[1] = {scale_[0][i]};
           GroupScales<Element, T::kKind>(bits, gemm_.weight_scale_dtype, context);
+        } else {
+          // The exponent is a constant here: registers are what these tiles lack.
+          context[0] = {weight_flip_, kByteExponent<Element>};
         }
-        using Words = Dequantizer<Element, T::kKind>;
         constexpr int kPerStore = 4 / Words::kPairs;  // stored words for 16 bytes of 16-bit ones
 #pragma unroll
         for (int w = 0; w < 4; w += kPerStore) {
@@ -196,18 +196,15 @@ class Loader {
   static constexpr int kStepScales = T::kScaleSums ? 1 : T::kStep / 32;
   using ScaleBits = uint32_t[kStepScales];
 
-  // Loads the scales of the step that is being copied, unless the group of the step before, whose
-  // scales are given, goes on: a warp's loads are of 32 rows, and take as long as 32 of one row.
-  // Where there is nothing to copy some other scale is read, as above.
-  __device__ void LoadScales(const ScaleBits& before, ScaleBits& bits) const {
+  // Loads the scales of the step that is being copied. Where there is nothing to copy some other
+  // scale is read, as above. With kKeep those of the step before are given, and stay where their
+  // group goes on: a warp's loads are of 32 rows, and take as long as 32 of one row.
+  template <bool kKeep = false>
+  __device__ void LoadScales(ScaleBits& bits) const {
     if constexpr (kGroups && T::kUnpacks) {
       const int group_log2 = 31 - __clz(gemm_.group_size);
       const int k_first = gemm_.k - k_left_;
-      if (T::kTile.high() && (k_first & (gemm_.group_size - 1)) != 0) {
-#pragma unroll
-        for (int i = 0; i < kStepScales; ++i) bits[i] = before[i];
-        return;
-      }
+      if (kKeep && (k_first & (gemm_.group_size - 1)) != 0) return;
 #pragma unroll
       for (int i = 0; i < kStepScales; ++i) {
         // A group's scale is loaded once.
@@ -229,7 +226,10 @@ class Loader {
   __device__ void StoreScales(const ScaleBits& bits, int stage) const {
     if constexpr (kGroups && T::kUnpacks) {
       static_assert(T::kThreads >= T::kTile.n, "a row each");
-      const int n = static_cast<int>(threadIdx.x);
+      int n = static_cast<int>(threadIdx.x);
+      // As in BeginTile(): of INT4 the 128x128 tile spilled what follows from it.
+      constexpr bool kSpilled = T::kTile.lean(T::kKind) && T::kTile.n == 128;
+      if constexpr (kSpilled && T::kKind == WeightKind::kInt4) asm volatile("" : "+r"(n));
       if (T::kThreads > T::kTile.n && n >= T::kTile.n) return;
       uint32_t factor[kStepScales];
       GroupScales<Element, T::kKind>(bits, gemm_.weight_scale_dtype, factor);
@@ -295,7 +295,10 @@ class Loader {
         (static_cast<int64_t>(item.expert) * Columns::kHalves + n / T::kTileColumns) *
             gemm_.columns +
         column;
-    CopyAsync16(channels_, static_cast<const char*>(gemm_.weight_scales) + (row << size_log2),
+    // In the first stage, at the place of this chunk as weights are stored.
+    const uint32_t chunk = T::kWidens ? shared_b_ : shared_b_ - StoredPlace() + threadIdx.x * 16;
+    CopyAsync16(chunk - T::kBytesA + T::kChannelsPlace,
+                static_cast<const char*>(gemm_.weight_scales) + (row << size_log2),
                 n < T::kTile.n && column < gemm_.columns, 16);
   }
 
@@ -341,7 +344,7 @@ class Loader {
 
   const GroupedGemm& gemm_;
   TileQueue<T>& queue_;
-  WeightContext<Element, T::kKind> context_;  // of weights that have no groups
+  uint32_t weight_flip_;
   int32_t turn_ = 0;
   int32_t k_left_;              // of the tile's k, from this step on: beyond it are zeros
   uint32_t shared_a_;           // where the thread's first chunk of A goes, in the first stage
@@ -350,7 +353,6 @@ class Loader {
   const char* a_ = nullptr;     // of the input, at the thread's chunk of the step
   uint32_t row_a_[T::kLoadsA];  // where its rows of the input begin, in chunks of 16 bytes
   const char* b_ = nullptr;     // the thread's first weight row, at its chunk of the step
-  uint32_t channels_;           // where its chunk of the weight rows' scales goes
   // Weights that are widened:
   const char* stored_;  // the thread's first chunk in the first stage
   char* wide_;          // the thread's first row in the first of the two buffers
