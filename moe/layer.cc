@@ -178,7 +178,7 @@ void RunLayer(const Backend& backend, const Problem& problem, const LayerArgumen
 
   if (all[tactics.gemm1].whole_layer) {
     Check(backend.LaunchLayer(tactics.gemm1, problem, gemms, arguments.experts, arguments.output,
-                              ints(plan.num_row_tiles), device, stream),
+                              ints(plan.row_to_slot), device, stream),
           "the layer");
     return;
   }

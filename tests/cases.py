@@ -324,4 +324,7 @@ def sanitizer_cases() -> list[Case]:
     # Enough slots for the routing of several launches.
     for routing in ("uniform", "garbage"):
         cases.append(Case("sanitizer", 16, 16, 40, 3, 2800, routing=routing))
+    # Enough units of work for the few-token launch to hand them out.
+    cases.append(Case("sanitizer", 1024, 512, 64, 8, 16))
+    cases.append(Case("sanitizer", 1024, 1024, 96, 8, 32, weights="int4_128"))
     return cases

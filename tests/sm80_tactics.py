@@ -268,6 +268,33 @@ def test_every_tactic_is_right(weights: str, shape: str) -> None:
                 raise AssertionError(f"tactics {names}: {error}") from error
 
 
+# Of the few-token launch, units of work enough to be handed out, so that GEMM 2 follows GEMM 1 pass
+# by pass instead of waiting for all of it; in the second an expert has very many passes.
+_FOLLOWING = {
+    "experts": Case("follows", 1024, 512, 160, 8, 64, biases="fc1"),
+    "passes": Case(
+        "follows", 1024, 640, 3, 8, 256, activation=ActivationType.Relu2, routing="one_expert"
+    ),
+}
+
+
+@_needs_build
+@pytest.mark.parametrize("shape", list(_FOLLOWING))
+@pytest.mark.parametrize("weights", list(WEIGHTS))
+def test_gemm2_takes_what_gemm1_has_stored(weights: str, shape: str) -> None:
+    """What GEMM 2 read too early would be poison, or bits that change from run to run."""
+    require_sm80()
+    case = dataclasses.replace(_FOLLOWING[shape], weights=weights)
+    limit = torch.cuda.get_device_properties(0).shared_memory_per_block_optin
+    with realized(case) as layer:
+        for pair in whole_layer_pairs(case, limit):
+            with forced(tactics=pair):
+                out = run_poisoned(layer, 0xFF)
+                check(layer, out)
+                for run in range(10):
+                    assert same_bits(out, run_poisoned(layer, (0x7B, 0xFF)[run % 2])), run
+
+
 @_needs_build
 @pytest.mark.parametrize("kib", [99, 163])
 @pytest.mark.parametrize("weights", list(WEIGHTS))

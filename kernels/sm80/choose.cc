@@ -43,27 +43,27 @@ struct Cost {
 
 // By tile, then bits of a weight: 16, 8, 4.
 constexpr Cost kCosts[][3] = {
-    {{0.300, 0.050, 0.98, 4.32}, {0.201, 0.210, 1.37, 4.21}, {0.020, 0.356, 1.10, 2.55}},  // 16x64
-    {{0.284, 0.050, 0.30, 4.27}, {0.499, 0.050, 1.44, 3.88}, {0.458, 0.043, 0.62, 2.72}},  // 16x128
-    {{0.030, 0.483, 1.36, 4.35}, {0.357, 0.139, 1.96, 3.89}, {0.406, 0.094, 1.32, 2.18}},  // 32x64
-    {{0.027, 0.279, 1.62, 4.28}, {0.153, 0.102, 3.12, 3.71}, {0.162, 0.344, 1.55, 2.56}},  // 32x128
-    {{0.441, 0.080, 1.65, 4.24}, {0.344, 0.057, 2.89, 3.45}, {0.417, 0.156, 2.56, 2.15}},  // 64x128
-    {{0.579, 0.089, 0.36, 4.41},
-     {0.263, 0.073, 1.23, 2.93},
-     {0.608, 0.052, 1.21, 2.76}},  // 128x128
-    {{0.670, 0.067, 0.36, 4.26},
-     {0.565, 0.048, 0.77, 3.06},
-     {0.732, 0.045, 0.89, 4.41}},  // 128x256
-    {{0.382, 0.053, 0.80, 3.43},
-     {0.597, 0.043, 1.63, 4.41},
-     {0.644, 0.043, 1.34, 4.41}},  // 256x128
+    {{0.278, 0.050, 1.05, 4.36}, {0.172, 0.206, 1.50, 4.23}, {0.020, 0.335, 1.11, 2.61}},  // 16x64
+    {{0.279, 0.050, 0.30, 4.32}, {0.444, 0.048, 1.71, 3.92}, {0.460, 0.025, 0.64, 2.75}},  // 16x128
+    {{0.028, 0.452, 1.40, 4.39}, {0.322, 0.136, 1.95, 3.90}, {0.391, 0.088, 1.33, 2.22}},  // 32x64
+    {{0.020, 0.279, 1.59, 4.34}, {0.167, 0.077, 3.00, 3.77}, {0.209, 0.299, 1.29, 2.62}},  // 32x128
+    {{0.386, 0.096, 1.69, 4.31}, {0.324, 0.059, 2.66, 3.52}, {0.402, 0.158, 2.08, 2.20}},  // 64x128
+    {{0.498, 0.104, 0.33, 4.41},
+     {0.252, 0.072, 1.05, 2.99},
+     {0.546, 0.057, 1.00, 2.60}},  // 128x128
+    {{0.672, 0.070, 0.30, 4.41},
+     {0.533, 0.049, 0.76, 3.11},
+     {0.703, 0.047, 0.91, 3.19}},  // 128x256
+    {{0.364, 0.057, 0.64, 3.45},
+     {0.596, 0.043, 1.48, 4.41},
+     {0.638, 0.043, 1.44, 4.41}},  // 256x128
 };
 static_assert(sizeof(kCosts) / sizeof(kCosts[0]) == kNumTiles, "a row of costs for each tile");
 
 constexpr double kLastResort = 1e12;  // us: beyond any time
 
 // Microseconds of a GEMM in tiles before its first bytes arrive and after its last tile.
-constexpr double kGemmStart = 3.6;
+constexpr double kGemmStart = 3.8;
 
 // Where unpacked 4-bit weights are scaled one by one, not in sums, that takes so long a k step: us a
 // weight row of the blocks that a multiprocessor holds.
@@ -71,15 +71,15 @@ constexpr double kScaledRow = 0.0030;
 
 // Microseconds of a layer in tiles beside its GEMMs: routing, finalize, what passes between four
 // launches.
-constexpr double kTilesOverhead = 8.4;
+constexpr double kTilesOverhead = 8.5;
 
 // One launch for the layer takes a start, routing included, and its weights, as often as they are
 // passed over.
-constexpr double kLayerStart = 11.4;  // us
+constexpr double kLayerStart = 11.0;  // us
 // TB/s of the whole chip, by kernel, then bits of a weight.
 constexpr double kDecodeBandwidths[][3] = {
-    {4.45, 4.07, 3.04},
-    {4.34, 3.74, 2.44},
+    {4.45, 4.12, 3.06},
+    {4.35, 3.77, 2.41},
 };
 static_assert(sizeof(kDecodeBandwidths) / sizeof(kDecodeBandwidths[0]) == kNumDecodeKernels,
               "one row each");
@@ -199,13 +199,8 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
 // How much longer a GEMM of the whole-layer kernel takes for its units of work (decode_gemm.cuh),
 // which its groups of warps do not share evenly. Where some have one more than others, those have
 // the bandwidth to themselves in the end: of the time that all would take, about half shows.
-double UnevenUnits(double passes, bool gated, int columns, int k, WeightKind kind,
-                   const Device& device) {
-  const double units = passes * std::ceil(columns / (kDecodeRows / (gated ? 2.0 : 1.0)));
-  const int chunks = (k + DecodeChunk(kind) - 1) / DecodeChunk(kind);
-  const int warps = kDecodeWarps * device.multiprocessors;
-  const int slices = DecodeSlices(chunks, static_cast<int>(units), warps);
-  const double turns = units * slices / warps;
+double UnevenUnits(const DecodeSplit& split, int workers) {
+  const double turns = static_cast<double>(split.units << split.slices_log2) / workers;
   return (turns + Ceil(turns)) / (2.0 * turns);
 }
 
@@ -215,11 +210,20 @@ double DecodeMicroseconds(int kernel, const Problem& problem, const Device& devi
       problem.num_local_experts * RowTiles(RowsPerExpert(problem), 8 * kDecodeTokenBlocks[kernel]);
   const int hidden = problem.hidden_size;
   const int intermediate = problem.intermediate_size;
-  const bool gated = IsGated(problem.activation);
+  const int workers = kDecodeWarps * device.multiprocessors;
+  const int batch = DecodeBatch(kind, kDecodeTokenBlocks[kernel]);
+  const auto chunks = [&](int k) { return (k + DecodeChunk(kind) - 1) / DecodeChunk(kind); };
+  const auto units = [&](int rows) {
+    return static_cast<int>(passes * ((rows + kDecodeRows - 1) / kDecodeRows));
+  };
+  const DecodeSplit split1 = SplitGemm1(chunks(hidden), units(problem.fc1_rows()), workers, batch);
+  const DecodeSplit split2 =
+      SplitGemm2(split1, chunks(intermediate), units(hidden), workers, batch);
+  // GEMM 2 that follows fills the time in which some have no more of GEMM 1.
+  const double uneven1 = Follows(split1, split2) ? 1.0 : UnevenUnits(split1, workers);
   const double weights =
       static_cast<double>(hidden) *
-      (problem.fc1_rows() * UnevenUnits(passes, gated, intermediate, hidden, kind, device) +
-       intermediate * UnevenUnits(passes, false, hidden, intermediate, kind, device));
+      (problem.fc1_rows() * uneven1 + intermediate * UnevenUnits(split2, workers));
   const bool scales_weights = HasGroups(kind) && problem.group_size != DecodeChunk(kind);
   const double bandwidth = kDecodeBandwidths[kernel][CostColumn(kind)] * 1e6 *
                            device.multiprocessors / kFittedOn.multiprocessors;

@@ -17,15 +17,14 @@
 //   (or 32 rows without a gate)
 //
 // What bounds it: DRAM. A multiprocessor has kDepth chunks of each of 16 warps in flight, 2 KiB
-// each; no shared memory lies between DRAM and the mma, and the loads of the next unit are on their
-// way while this one's sums are added. Chunks come in batches of kDepth, each in registers of its
-// own: registers that are loaded cannot be moved before the load has ended, so a ring that shifts
-// waited for its newest load at each step.
+// each; no shared memory lies between DRAM and the mma, and the next unit's loads are on their way
+// while this one's sums are added. Chunks come in batches of kDepth, each in registers of its own:
+// a register cannot be moved before its load has ended, so a ring that shifts waited at each step.
 //
-// The activations of a chunk are loaded with its weights, batches ahead. Loaded when they are
-// wanted, they took as long as weights, though they are in L1 or L2: a multiprocessor's loads seem
-// to end in the order in which they began. And what shared memory a block takes is missing in L1,
-// through which loads pass on their way to registers: much of it slows them down.
+// Activations are loaded with their weights, a batch ahead. Loaded when wanted, they took as long
+// as weights, though they are in L1 or L2: a multiprocessor's loads seem to end in the order in
+// which they began. And what shared memory a block takes is missing in L1, through which loads
+// pass on their way to registers: much of it slows them down.
 
 #ifndef KERNELS_SM80_DECODE_GEMM_CUH_
 #define KERNELS_SM80_DECODE_GEMM_CUH_
@@ -34,6 +33,7 @@
 
 #include "kernels/common/dequantize.cuh"
 #include "kernels/sm80/decode.h"
+#include "kernels/sm80/decode_follow.cuh"
 #include "kernels/sm80/decode_multiply.cuh"
 #include "kernels/sm80/decode_outputs.cuh"
 #include "kernels/sm80/decode_route.cuh"
@@ -41,18 +41,9 @@
 
 namespace moe::sm80 {
 
-// 16 bytes that nobody will want again, past L1; what is there where they are not wanted now.
-__device__ inline void LoadOnce(const uint4* p, bool wanted, uint4& v) {
-  asm volatile(
-      "{ .reg .pred wanted;\n"
-      "  setp.ne.s32 wanted, %5, 0;\n"
-      "  @wanted ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
-      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
-      : "l"(p), "r"(static_cast<int>(wanted)));
-}
-
-// kScaleSums: the weights of a chunk in a row are one group.
-template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums>
+// kScaleSums: the weights of a chunk in a row are one group. kGemm1: the first of the layer's two.
+template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums,
+          bool kGemm1>
 class DecodeGemm {
   using Shared = DecodeShared<kTokenBlocks>;
   using Outputs = DecodeOutputs<Element, kKind, kTokenBlocks, kGated>;
@@ -64,50 +55,67 @@ class DecodeGemm {
   // Whether activations are loaded ahead: those of a chunk of 4-bit weights are too many registers.
   static constexpr bool kTokensAhead = !HasGroups(kKind);
   static constexpr int kTokenVectors = kTokensAhead ? kVector / 8 : 1;  // a lane's, of a chunk
-  // Chunks of a batch.
-  static constexpr int kDepth = kKind == WeightKind::k16Bit  ? 4 - kTokenBlocks
-                                : kKind == WeightKind::k8Bit ? 2
-                                                             : 3 - kTokenBlocks;
+  static constexpr int kDepth = DecodeBatch(kKind, kTokenBlocks);
   static constexpr int kTokens = 8 * kTokenBlocks;
   static constexpr int kWarpSums = DecodeWarpSums(kTokenBlocks);
 
-  // `counter` counts the units handed out; it must be 0 when Run() begins.
-  __device__ DecodeGemm(const GroupedGemm& gemm, int32_t* counter, uint32_t weight_flip)
-      : gemm_(gemm),
-        counter_(counter),
-        context_(Dequantizer<Element, kKind>::Ungrouped(weight_flip)) {
-    slices_ = DecodeSlices(Chunks(), Units(), kDecodeWarps * static_cast<int>(gridDim.x));
-    __syncwarp();  // all lanes have done with the plan of the GEMM before
-    if (FirstLane()) {
-      // Multiprocessors with the same work end 5 to 10% apart, which we put down to the ports of
-      // the crossbar that they share. Units are not handed out where a group has two at most, nor
-      // where a unit is a single batch: the loads are too far ahead then.
-      const bool hands_out = Units() > 2 * Workers() && Chunks() > (kDepth + 1) * Slices();
-      Plan().units = Units();
-      Plan().stride = hands_out ? 0 : Workers();
-      Plan().load_unit = FirstUnit();
-      Plan().next_unit = FirstUnit() + Workers();
-      Plan().buffer = 0;
-      Plan().slice = Slice();
-    }
-    __syncwarp();
-    BeginLoads(FirstUnit());
+  __device__ static int Chunks(const GroupedGemm& gemm) { return (gemm.k + kChunk - 1) / kChunk; }
+  __device__ static int Units(const GroupedGemm& gemm) {  // of all passes
+    return Shared::NumPasses() * ColumnUnits(gemm);
   }
 
-  // Whether units are handed out as groups come for them.
-  __device__ bool HandsOut() const { return Plan().stride == 0; }
+  // `counters` are the layer's; they must be 0 when Run() begins. `follows`: the layer's GEMM 2
+  // follows its GEMM 1 (decode_follow.cuh).
+  __device__ DecodeGemm(const GroupedGemm& gemm, const DecodeSplit& split, bool follows,
+                        int32_t* counters, uint32_t weight_flip)
+      : gemm_(gemm),
+        counters_(counters),
+        context_(Dequantizer<Element, kKind>::Ungrouped(weight_flip)) {
+    slices_ = 1 << split.slices_log2;
+    // Groups are numbered so that a few units go to as many multiprocessors.
+    int first = (Warp() >> split.slices_log2) * gridDim.x + blockIdx.x;
+    int second = first + Workers();
+    if (!kGemm1 && follows && split.hands_out) {
+      // Each group was handed out two numbers beyond GEMM 1's last unit, the first to end the
+      // lowest. It may be several groups now.
+      const DecodePlan& gemm1 = Plan();
+      const int groups_log2 = gemm1.slices_log2 - split.slices_log2;
+      const int own = gemm1.slice >> split.slices_log2;
+      first = ((gemm1.load_unit - gemm1.units) << groups_log2) + own;
+      second = ((gemm1.next_unit - gemm1.units) << groups_log2) + own;
+    }
+    __syncwarp();  // all lanes have done with the plan of the GEMM before
+    if (FirstLane()) {
+      Plan().units = split.units;
+      Plan().stride = split.hands_out ? 0 : Workers();
+      Plan().unit = first;
+      Plan().load_unit = first;
+      Plan().next_unit = second;
+      Plan().buffer = 0;
+      Plan().slice = Slice();
+      Plan().slices_log2 = split.slices_log2;
+      if constexpr (kGemm1) Plan().awaited = follows ? ColumnUnits() : 0;
+      // As late as the answer allows, in the last batch but one: those who are slow get less.
+      const int batch = kDepth * Slices() * kChunk;  // of the group
+      const bool asks = split.hands_out && Slice() == 0;
+      Plan().asks_k = asks ? (gemm_.k - 1) / batch * batch - batch : -1;
+    }
+    __syncwarp();
+    BeginLoads<false>(first);
+  }
 
-  // Starts the first loads: weights depend on nothing that this launch writes, so a caller does
-  // this before the barrier that Run() needs.
+  // Starts the first loads, before the barrier that Run() needs: weights depend on nothing here.
   __device__ __forceinline__ void Prime() { LoadBatch<0>(); }
 
-  // And those of the activations that go with them, behind that barrier.
+  // And those of the activations with them, behind it.
   __device__ __forceinline__ void PrimeTokens() {
     if constexpr (kTokensAhead) {
-      const int unit = FirstUnit();
+      const int unit = Plan().unit;
       if (unit >= Plan().units) return;
       uint32_t token[kTokenBlocks];
-      BeginTokens(Shared::GetPass(unit / ColumnUnits()), token);
+      const int pass = unit / ColumnUnits();
+      Await(pass);
+      BeginTokens(Shared::GetPass(pass), token);
       int k = Plan().slice * kChunk;
 #pragma unroll
       for (int i = 0; i < kDepth; ++i) {
@@ -119,18 +127,22 @@ class DecodeGemm {
   }
 
   __device__ __forceinline__ void Run() {
-    int unit = FirstUnit();
+    int unit = Plan().unit;
 #pragma unroll 1
     while (unit < Plan().units) {
-      if (FirstLane()) Plan().unit = unit;
-      int handed_out = 0;
-      if (Asks()) handed_out = atomicAdd(counter_, 1);
       const DecodePass pass = Shared::GetPass(unit / ColumnUnits());
-      if constexpr (!kTokensAhead) BeginTokens(pass, token_);
+      if constexpr (!kTokensAhead) {
+        Await(unit / ColumnUnits());
+        BeginTokens(pass, token_);
+      }
       LoadSlotScale(pass);
       float acc[2][kTokenBlocks][4] = {};
+      int handed_out = 0;
 #pragma unroll 1
       for (int k = Plan().slice * kChunk; k < gemm_.k; k += kDepth * Slices() * kChunk) {
+        if (k == Plan().asks_k && FirstLane()) {
+          handed_out = atomicAdd(counters_ + (kGemm1 ? 0 : 1), 1);
+        }
         MultiplyBatch<0>(k, acc);
       }
       if (Asks()) HandedOut() = 2 * Workers() + handed_out;
@@ -142,8 +154,14 @@ class DecodeGemm {
       } else {
         unit = Plan().unit + Plan().stride;
       }
+      if (kGemm1 && Plan().awaited != 0) {
+        // Behind this barrier nobody needs what the group's warps share, either.
+        Barrier();
+        if (Asks()) AnnounceUnit(counters_ + 2, Plan().unit / ColumnUnits());
+      }
       __syncwarp();
       if (FirstLane()) {
+        Plan().unit = unit;
         Plan().next_unit = next_unit;
         Plan().buffer ^= 1;
       }
@@ -152,9 +170,11 @@ class DecodeGemm {
   }
 
  private:
-  // Scales that a lane loads for a chunk: of its four rows. If they are those of the whole chunk,
-  // the lanes of a quad, whose rows are the same, load one each.
+  // Scales that a lane loads for a chunk: of its four rows. Where they are those of all of it, the
+  // lanes of a quad, whose rows are the same, load one each.
   static constexpr int kScales = HasGroups(kKind) && !kScaleSums ? 4 : 1;
+
+  static constexpr int kNoLoads = 1 << 30;  // a load_k_ beyond any k
 
   // What a lane holds of a chunk: rows [block of 16][upper, lower half].
   struct Raw {
@@ -168,28 +188,47 @@ class DecodeGemm {
   __device__ int& HandedOut() const {
     return Shared::Plans()[Warp() - Slice()].handed_out[Plan().buffer];
   }
-  // Whether the thread is the one of its group that asks for it.
-  __device__ bool Asks() const { return HandsOut() && Plan().slice == 0 && FirstLane(); }
+  // Whether it is the thread of its group that asks for it.
+  __device__ static bool Asks() { return Plan().asks_k >= 0 && FirstLane(); }
+  // Whether units are handed out as groups come for them.
+  __device__ bool HandsOut() const { return Plan().stride == 0; }
   __device__ static bool FirstLane() { return threadIdx.x % 32 == 0; }
 
   __device__ static int Warp() { return threadIdx.x / 32; }
   __device__ int Slices() const { return slices_; }
   __device__ int SlicesLog2() const { return 31 - __clz(slices_); }
   __device__ int Slice() const { return Warp() & (Slices() - 1); }
-  __device__ int Group() const { return Warp() >> SlicesLog2(); }
-  // Groups are numbered so that a few units go to as many multiprocessors.
-  __device__ int FirstUnit() const { return Group() * gridDim.x + blockIdx.x; }
   // The groups of all multiprocessors.
   __device__ int Workers() const { return (kDecodeWarps >> SlicesLog2()) * gridDim.x; }
-  __device__ int Chunks() const { return (gemm_.k + kChunk - 1) / kChunk; }
-  __device__ int ColumnUnits() const { return (gemm_.columns + kColumns - 1) / kColumns; }
-  __device__ int Units() const { return Shared::NumPasses() * ColumnUnits(); }
+  __device__ static int ColumnUnits(const GroupedGemm& gemm) {  // of a pass
+    return (gemm.columns + kColumns - 1) / kColumns;
+  }
+  __device__ int ColumnUnits() const { return ColumnUnits(gemm_); }
   __device__ static int Quad() { return threadIdx.x % 4; }
   __device__ static int Row() { return threadIdx.x % 32 / 4; }
 
+  // Waits until the activations of a pass are there, in GEMM 2.
+  __device__ __forceinline__ void Await(int pass) const {
+    if constexpr (!kGemm1) {
+      const int awaited = Plan().awaited;
+      if (awaited != 0) AwaitPass<kTokenBlocks>(counters_ + 2, awaited, pass);
+    }
+  }
+
+  // Of the group, named after its first warp: groups of GEMM 1 may still use theirs.
+  __device__ __forceinline__ void Barrier() const {
+    if (slices_ == 1) {
+      __syncwarp();
+    } else {
+      asm volatile("bar.sync %0, %1;" ::"r"(1 + Warp() - Slice()), "r"(32 * Slices()) : "memory");
+    }
+  }
+
+  // kAwaits: for the unit's activations, before which even weights are not loaded then.
+  template <bool kAwaits>
   __device__ __forceinline__ void BeginLoads(int unit) {
     if (unit >= Plan().units) {
-      load_k_ = 1 << 30;                    // beyond any k: nothing is loaded
+      load_k_ = kNoLoads;
       scale_ = load_k_ / kVector + Quad();  // but some scale
       return;
     }
@@ -200,6 +239,7 @@ class DecodeGemm {
     const int column_units = (columns + kColumns - 1) / kColumns;
     load_k_ = Plan().slice * kChunk;
     const int pass = unit / column_units;
+    if constexpr (kAwaits) Await(pass);
     const int column = (unit - pass * column_units) * kColumns + thread / 4;
     // Beyond the last column it is read once more; what comes of it is not stored.
     const int last = columns - 1;
@@ -298,7 +338,7 @@ class DecodeGemm {
 
   // At the end of a batch.
   __device__ __forceinline__ void EndLoads() {
-    if (load_k_ >= gemm_.k) {
+    if (load_k_ >= gemm_.k && load_k_ < kNoLoads) {
       const int unit = Plan().next_unit;
       __syncwarp();
       if (FirstLane()) {
@@ -306,7 +346,7 @@ class DecodeGemm {
         Plan().next_unit = unit + Plan().stride;
       }
       __syncwarp();
-      BeginLoads(unit);
+      BeginLoads<kTokensAhead>(unit);
     }
   }
 
@@ -365,27 +405,12 @@ class DecodeGemm {
     }
   }
 
-  // Adds the slices' sums and stores the unit's outputs. One barrier of the group: the next unit's
-  // sums go to the other buffer, and those of the one after it come behind the next barrier.
+  // Adds the slices' sums and stores the unit's outputs. Its one barrier is enough: the next unit's
+  // sums go to the other buffer, and the one's after it come behind the next barrier.
   __device__ __forceinline__ void Finish(const float (&acc)[2][kTokenBlocks][4]) {
     float* sums = Shared::Sums() + Plan().buffer * kDecodeWarps * kWarpSums;
-    float* own = sums + Warp() * kWarpSums + Row();
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-#pragma unroll
-      for (int t = 0; t < kTokenBlocks; ++t) {
-        float* p = own + (block * kTokens + t * 8 + 2 * Quad()) * kDecodePitch;
-        p[0] = acc[block][t][0];
-        p[kDecodePitch] = acc[block][t][1];
-        p[8] = acc[block][t][2];
-        p[kDecodePitch + 8] = acc[block][t][3];
-      }
-    }
-    if (slices_ == 1) {
-      __syncwarp();
-    } else {
-      asm volatile("bar.sync %0, %1;" ::"r"(1 + Group()), "r"(32 * Slices()) : "memory");
-    }
+    Outputs::Keep(acc, sums + Warp() * kWarpSums);
+    Barrier();
     const int unit = Plan().unit;
     const DecodePass pass = Shared::GetPass(unit / ColumnUnits());
     const int first_column = unit % ColumnUnits() * kColumns;
@@ -393,8 +418,7 @@ class DecodeGemm {
                    sums + (Warp() - Slice()) * kWarpSums, slot_scale_);
   }
 
-  // What scales the first output that the thread will store: asked for in time, for it may take as
-  // long as weights.
+  // What scales the thread's first output: asked for in time, for it may take as long as weights.
   __device__ __forceinline__ void LoadSlotScale(const DecodePass& pass) {
     if constexpr (!kGated) {
       const int token = (Slice() * 32 + threadIdx.x % 32) / kColumns;
@@ -405,7 +429,7 @@ class DecodeGemm {
   }
 
   const GroupedGemm& gemm_;
-  int32_t* counter_;
+  int32_t* counters_;
   WeightContext<Element, kKind> context_;  // where weights have no groups
   int slices_;                             // a power of two
   Raw batch_[kDepth] = {};

@@ -22,17 +22,63 @@ inline constexpr int kNumDecodeKernels = sizeof(kDecodeTokenBlocks) / sizeof(kDe
 // What a warp multiplies at a time: so many weight rows, and of each 64 bytes, so many of k.
 inline constexpr int kDecodeRows = 32;
 constexpr int DecodeChunk(WeightKind kind) { return 512 / WeightBits(kind); }
+// Chunks of a batch, which it loads ahead.
+constexpr int DecodeBatch(WeightKind kind, int token_blocks) {
+  return kind == WeightKind::k16Bit  ? 4 - token_blocks
+         : kind == WeightKind::k8Bit ? 2
+                                     : 3 - token_blocks;
+}
 
-// Warps that share a unit of work (decode_gemm.cuh) of so many chunks, a power of two: as many as
-// leave each 8 chunks or more; more where units are few. `workers` are the warps of all blocks.
-// (Qwen3-30B, 8 tokens, 16-bit weights: 4, 8 and 16 chunks a warp take 139, 124 and 134 us.)
-constexpr int DecodeSlices(int chunks, int units, int workers) {
-  int slices = 1;
-  while (slices < 16 && 16 * slices <= chunks) slices *= 2;
-  while (slices < 16 && 2 * slices <= chunks && 2 * units < workers / slices) slices *= 2;
+// Warps that share a unit of work (decode_gemm.cuh) of so many chunks, as the power of two that they
+// are: as many as leave each at most `most` chunks; more where units are few. `workers` are the
+// warps of all blocks.
+constexpr int DecodeSlicesLog2(int most, int chunks, int units, int workers) {
+  int log2 = 0;
+  while (log2 < 4 && most << log2 < chunks) ++log2;
+  while (log2 < 4 && 2 << log2 <= chunks && 2 * units < workers >> log2) ++log2;
   // Where few groups would have a second unit, all get one.
-  const int groups = workers / slices;
-  return slices > 1 && units > groups && 2 * units <= 3 * groups ? slices / 2 : slices;
+  const int groups = workers >> log2;
+  return log2 > 0 && units > groups && 2 * units <= 3 * groups ? log2 - 1 : log2;
+}
+
+// The units of a GEMM, and how warps take them.
+struct DecodeSplit {
+  int chunks;  // of a unit
+  int units;
+  int slices_log2;
+  // Whether a counter hands units out to groups as they come for them. Multiprocessors with the
+  // same work end 5 to 10% apart, which we put down to the ports of the crossbar that they share.
+  bool hands_out;
+};
+// Whether units may be handed out: the loads of one that takes few batches are too far ahead.
+constexpr bool IsLongUnit(const DecodeSplit& split, int batch) {
+  return split.chunks > (batch + 1) << split.slices_log2;
+}
+
+// GEMM 1, which is to read in long runs. (Qwen3-30B, 8 tokens, 16-bit weights: 4, 8 and 16 chunks a
+// warp took 139, 124 and 134 us.) `batch` is DecodeBatch.
+constexpr DecodeSplit SplitGemm1(int chunks, int units, int workers, int batch) {
+  DecodeSplit split{chunks, units, DecodeSlicesLog2(15, chunks, units, workers), false};
+  split.hands_out = units > 2 * (workers >> split.slices_log2) && IsLongUnit(split, batch);
+  return split;
+}
+
+// Whether GEMM 2 follows GEMM 1 pass by pass, without a barrier of the grid: a group that finds no
+// more units of GEMM 1 goes on to those of GEMM 2, alone or in parts.
+constexpr bool Follows(const DecodeSplit& gemm1, const DecodeSplit& gemm2) {
+  return gemm1.hands_out && gemm2.slices_log2 <= gemm1.slices_log2;
+}
+
+// GEMM 2, whose units are the last ones: where there are many, they are to be short.
+constexpr DecodeSplit SplitGemm2(const DecodeSplit& gemm1, int chunks, int units, int workers,
+                                 int batch) {
+  DecodeSplit split{chunks, units, DecodeSlicesLog2(15, chunks, units, workers), false};
+  int more = DecodeSlicesLog2(7, chunks, units, workers);
+  if (Follows(gemm1, split) && more > gemm1.slices_log2) more = gemm1.slices_log2;
+  if (more > split.slices_log2 && units > 2 * (workers >> more)) split.slices_log2 = more;
+  split.hands_out = (units > 2 * (workers >> split.slices_log2) || Follows(gemm1, split)) &&
+                    IsLongUnit(split, batch);
+  return split;
 }
 
 // The sums of a warp: [2 blocks of 16 rows][tokens][16 rows and 4 to spread them over the banks]
@@ -49,19 +95,22 @@ struct DecodePlan {
   int units;          // of the GEMM
   int stride;         // from a unit of the warp's group to its next one; 0: they are handed out
   int slice;          // the warp's, of its group
+  int slices_log2;    // of its group
   int unit;           // that is multiplied
   int load_unit;      // that is loaded
   int next_unit;      // that is loaded next
+  int asks_k;         // where in a unit the group's first warp asks for one more; -1: nowhere
   int buffer;         // for the unit's sums: 0 and 1 in turn
   int handed_out[2];  // of a group's first warp: the unit after the next one
+  int awaited;        // units of GEMM 1 that GEMM 2 waits for, of each pass; 0: all, at a barrier
 };
 
 // Of a block, in bytes: the sums; the lists of decode_route.cuh, of passes (one a slot at most, an
-// end mark and a spare entry), of slots and of a bit a slot; the number of passes; the plans. The
+// end mark and a spare entry), of slots and of two bits a slot; the number of passes; the plans. The
 // table of experts, which only routing uses, lies where the sums come later.
 constexpr int DecodeSharedMemory(int token_blocks) {
   return DecodeSumBytes(token_blocks) + (kDecodeMaxSlots + 2) * 4 + kDecodeMaxSlots * 2 +
-         kDecodeMaxSlots / 8 + 4 + kDecodeWarps * static_cast<int>(sizeof(DecodePlan));
+         kDecodeMaxSlots / 4 + 4 + kDecodeWarps * static_cast<int>(sizeof(DecodePlan));
 }
 // More than the kernels have that is not dynamic.
 inline constexpr int kDecodeStaticSharedMemory = 1024;

@@ -9,7 +9,8 @@
 //   route      every block for itself                       (decode_route.cuh)
 //   -- grid barrier, if units are handed out; GEMM 1's first weights are loaded before it --
 //   GEMM 1     all blocks, units of 32 weight rows          (decode_gemm.cuh)
-//   -- grid barrier; GEMM 2's first weights are loaded before it --
+//   -- grid barrier; GEMM 2's first weights are loaded before it. None if units are handed out, where
+//      GEMM 2 follows GEMM 1 pass by pass                   (decode_follow.cuh) --
 //   GEMM 2     likewise; the rows of its output are slots
 //   -- grid barrier --
 //   finalize   each token's slots, added in order
@@ -60,27 +61,39 @@ __device__ void Finalize(const DecodeLayer& layer) {
 template <typename Element, WeightKind kKind, int kTokenBlocks, bool kGated, bool kScaleSums>
 __global__ void __launch_bounds__(kDecodeThreads, 1)
     DecodeLayerKernel(const __grid_constant__ DecodeLayer layer, const uint32_t weight_flip) {
-  using Gemm1 = DecodeGemm<Element, kKind, kTokenBlocks, kGated, kScaleSums>;
-  using Gemm2 = DecodeGemm<Element, kKind, kTokenBlocks, false, kScaleSums>;
+  using Gemm1 = DecodeGemm<Element, kKind, kTokenBlocks, kGated, kScaleSums, true>;
+  using Gemm2 = DecodeGemm<Element, kKind, kTokenBlocks, false, kScaleSums, false>;
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
 
-  if (blockIdx.x == 0 && threadIdx.x < 2) layer.counters[threadIdx.x] = 0;
+  if (blockIdx.x == 0) {
+    const int counters = 2 + layer.num_tokens * layer.gemm[0].top_k;
+    for (int i = threadIdx.x; i < counters; i += kDecodeThreads) layer.counters[i] = 0;
+  }
+  if (threadIdx.x < kDecodeMaxSlots / 32) DecodeShared<kTokenBlocks>::Ended()[threadIdx.x] = 0;
   Route<kTokenBlocks>(layer);
+  const int workers = kDecodeWarps * static_cast<int>(gridDim.x);
+  const DecodeSplit split1 =
+      SplitGemm1(Gemm1::Chunks(layer.gemm[0]), Gemm1::Units(layer.gemm[0]), workers, Gemm1::kDepth);
+  const DecodeSplit split2 = SplitGemm2(split1, Gemm2::Chunks(layer.gemm[1]),
+                                        Gemm2::Units(layer.gemm[1]), workers, Gemm2::kDepth);
+  const bool follows = Follows(split1, split2);
   {
-    Gemm1 gemm(layer.gemm[0], layer.counters, weight_flip);
+    Gemm1 gemm(layer.gemm[0], split1, follows, layer.counters, weight_flip);
     gemm.Prime();
-    if (gemm.HandsOut()) grid.sync();  // the counters are 0 behind it
+    if (split1.hands_out) grid.sync();  // the counters are 0 behind it
     gemm.PrimeTokens();
     gemm.Run();
   }
   {
-    Gemm2 gemm(layer.gemm[1], layer.counters + 1, weight_flip);
+    Gemm2 gemm(layer.gemm[1], split2, follows, layer.counters, weight_flip);
     // The first warp tells of the block's arrival, and is to wait for no loads before it does.
     const bool tells = threadIdx.x < 32;
-    if (!tells) gemm.Prime();
-    auto arrived = grid.barrier_arrive();
-    if (tells) gemm.Prime();
-    grid.barrier_wait(std::move(arrived));
+    if (!tells || follows) gemm.Prime();
+    if (!follows) {
+      auto arrived = grid.barrier_arrive();
+      if (tells) gemm.Prime();
+      grid.barrier_wait(std::move(arrived));
+    }
     gemm.PrimeTokens();
     gemm.Run();
   }

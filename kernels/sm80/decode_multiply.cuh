@@ -142,9 +142,12 @@ __device__ __forceinline__ void MultiplyScaleSums(const uint4 (&rows)[2][2],
       }
     }
   }
+  // Not what follows from the dtype, computed once and for all, in registers.
+  int dtype = static_cast<int>(scale_dtype);
+  asm volatile("" : "+r"(dtype));
   const uint32_t bits[1] = {scale_bits};
   uint32_t factor[1];
-  GroupScales<Element, WeightKind::kInt4>(bits, scale_dtype, factor);
+  GroupScales<Element, WeightKind::kInt4>(bits, static_cast<DType>(dtype), factor);
   const float own = ToFloat2(AsPair<Element>(factor[0])).x;
 #pragma unroll
   for (int row = 0; row < 4; ++row) {

@@ -23,6 +23,23 @@ class DecodeOutputs {
  public:
   static constexpr int kColumns = kDecodeRows / (kGated ? 2 : 1);  // of a unit
 
+  // Stores a warp's sums, [block of 16 rows][block of 8 tokens][as mma leaves them], to its place.
+  __device__ __forceinline__ static void Keep(const float (&acc)[2][kTokenBlocks][4], float* sums) {
+    const int quad = threadIdx.x % 4;
+    float* own = sums + threadIdx.x % 32 / 4;
+#pragma unroll
+    for (int block = 0; block < 2; ++block) {
+#pragma unroll
+      for (int t = 0; t < kTokenBlocks; ++t) {
+        float* p = own + (block * kTokens + t * 8 + 2 * quad) * kDecodePitch;
+        p[0] = acc[block][t][0];
+        p[kDecodePitch] = acc[block][t][1];
+        p[8] = acc[block][t][2];
+        p[kDecodePitch + 8] = acc[block][t][3];
+      }
+    }
+  }
+
   // Adds the sums of the 2^slices_log2 warps from `sums` on and stores the unit's outputs, by that
   // many warps' threads. `slot_scale` is that of the first output of `thread`.
   __device__ __forceinline__ static void Store(const GroupedGemm& gemm, const DecodePass& pass,

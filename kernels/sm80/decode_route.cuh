@@ -50,6 +50,8 @@ struct DecodeShared {
   __device__ static uint32_t* Present() {
     return reinterpret_cast<uint32_t*>(Slots() + kDecodeMaxSlots);
   }
+  // [passes], a bit each: whether the block knows that GEMM 1 has ended for it (decode_follow.cuh).
+  __device__ static uint32_t* Ended() { return Present() + kDecodeMaxSlots / 32; }
   // [warps], at the end.
   __device__ static DecodePlan* Plans() {
     return reinterpret_cast<DecodePlan*>(decode_shared + DecodeSharedMemory(kTokenBlocks)) -

@@ -26,6 +26,16 @@
 
 namespace moe::sm80 {
 
+// 16 bytes that nobody will want again, past L1; what is there where they are not wanted now.
+__device__ inline void LoadOnce(const uint4* p, bool wanted, uint4& v) {
+  asm volatile(
+      "{ .reg .pred wanted;\n"
+      "  setp.ne.s32 wanted, %5, 0;\n"
+      "  @wanted ld.global.nc.L1::no_allocate.L2::128B.v4.u32 {%0, %1, %2, %3}, [%4]; }"
+      : "+r"(v.x), "+r"(v.y), "+r"(v.z), "+r"(v.w)
+      : "l"(p), "r"(static_cast<int>(wanted)));
+}
+
 // Eight values of a token, in the weights' order.
 __device__ inline void SpreadToken(const uint4& v, uint32_t (&pair)[4]) {
   pair[0] = __byte_perm(v.x, v.z, 0x5410);
