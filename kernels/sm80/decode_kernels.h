@@ -75,7 +75,8 @@ constexpr DecodeSplit SplitGemm2(const DecodeSplit& gemm1, int chunks, int units
   DecodeSplit split{chunks, units, DecodeSlicesLog2(15, chunks, units, workers), false};
   int more = DecodeSlicesLog2(7, chunks, units, workers);
   if (Follows(gemm1, split) && more > gemm1.slices_log2) more = gemm1.slices_log2;
-  if (more > split.slices_log2 && units > 2 * (workers >> more)) split.slices_log2 = more;
+  const bool many = Follows(gemm1, split) || units > 2 * (workers >> more);
+  if (more > split.slices_log2 && many) split.slices_log2 = more;
   split.hands_out = (units > 2 * (workers >> split.slices_log2) || Follows(gemm1, split)) &&
                     IsLongUnit(split, batch);
   return split;
