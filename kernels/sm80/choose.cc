@@ -200,7 +200,7 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
 // which its groups of warps do not share evenly. Where some have one more than others, those have
 // the bandwidth to themselves in the end: of the time that all would take, about half shows.
 double UnevenUnits(const DecodeSplit& split, int workers) {
-  const double turns = static_cast<double>(split.units << split.slices_log2) / workers;
+  const double turns = static_cast<double>(split.units) * (1 << split.slices_log2) / workers;
   return (turns + Ceil(turns)) / (2.0 * turns);
 }
 
