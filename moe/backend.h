@@ -53,7 +53,7 @@ class Backend {
                              cudaStream_t stream) const = 0;
 
   // A tactic of a whole layer. The GEMMs come without row lists; their outputs have a row a slot.
-  // `counters` is room for 2 + slots numbers on the device.
+  // `counters` is room for 3 + slots numbers on the device.
   virtual cudaError_t LaunchLayer(int32_t tactic, const Problem& problem,
                                   const GroupedGemm (&gemms)[2], const int32_t* experts,
                                   void* output, int32_t* counters, const Device& device,

@@ -45,7 +45,7 @@ WorkspacePlan PlanWorkspace(const Problem& problem) {
   plan.row_tiles[1] = arena.Take(tiles * sizeof(RowTile));
   plan.expert_counts = arena.Take(static_cast<size_t>(RoutingBlocks(problem)) *
                                   problem.num_local_experts * sizeof(int32_t));
-  plan.row_to_slot = arena.Take((2 + slots) * sizeof(int32_t));
+  plan.row_to_slot = arena.Take((3 + slots) * sizeof(int32_t));
   plan.slot_to_row = arena.Take(slots * sizeof(int32_t));
   plan.intermediate = arena.Take(slots * problem.intermediate_size * 2);
   plan.expert_output = arena.Take(slots * problem.hidden_size * 2);

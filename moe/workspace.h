@@ -27,7 +27,7 @@ struct WorkspacePlan {
   size_t row_tiles[2];   // RowTile [MaxRowTiles]: for GEMM 1 and GEMM 2
   size_t expert_counts;  // int32 [RoutingBlocks, E_l]: large inputs only
   size_t row_to_slot;    // int32 [slots]: whose token GEMM 1 gathers, whose scale GEMM 2 applies;
-                         // or [2 + slots]: the counters of a whole layer
+                         // or [3 + slots]: the counters of a whole layer
   size_t slot_to_row;    // int32 [slots]: -1 where the slot's expert is not here
   size_t intermediate;   // [slots, I] dtype
   size_t expert_output;  // [slots, H] output_dtype, already scaled

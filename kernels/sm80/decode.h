@@ -24,7 +24,7 @@ struct DecodeLayer {
   int32_t first_expert = 0;  // ids [first, first + num_experts) are computed
   int32_t num_experts = 0;
   void* output = nullptr;       // [tokens, columns of GEMM 2]
-  int32_t* counters = nullptr;  // [2 + slots], of anything
+  int32_t* counters = nullptr;  // [DecodeCounters(slots)], of anything
 };
 
 // Launches `blocks` blocks, all of which must fit the chip at once. `kernel` is an index into

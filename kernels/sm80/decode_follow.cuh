@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How GEMM 2 of the few-token layer follows GEMM 1 without a barrier of the grid. The last units of
-// GEMM 1 end one by one, over as long as one takes, and nobody is to wait for the last: a group of
-// warps that finds no more of them goes on to GEMM 2, whose first passes have long been ended.
+// How steps of the few-token layer follow each other without a barrier of the grid.
+//
+// GEMM 2 follows GEMM 1 pass by pass: the last units of GEMM 1 end one by one, over as long as one
+// takes, and nobody is to wait for the last. A group of warps that finds no more of them goes on to
+// GEMM 2, whose first passes have long been ended.
 //
 // A global counter a pass: GEMM 1 adds 1 for each unit that has been stored. What a block has seen
 // to be ended it notes in shared memory, 32 passes at a time, so that few warps poll. Nobody waits
@@ -17,15 +19,27 @@
 
 namespace moe::sm80 {
 
-// By one thread, behind a barrier of those that have stored the unit.
-__device__ __forceinline__ void AnnounceUnit(int32_t* ended_units, int pass) {
-  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(ended_units + pass) : "memory");
+// Adds 1. Who acquires the sum sees what the thread has stored, and others before a barrier with it.
+__device__ __forceinline__ void Announce(int32_t* counter) {
+  asm volatile("red.release.gpu.global.add.s32 [%0], 1;" ::"l"(counter) : "memory");
 }
 
-// By a warp: waits until `units` have been announced for the pass. What they stored may then be
-// read by ordinary loads: acquiring at the scope of the GPU empties L1.
+// What had been stored when the counter came to this value may then be read by ordinary loads:
+// acquiring at the scope of the GPU empties L1.
+__device__ __forceinline__ int32_t Acquire(const int32_t* counter) {
+  int32_t value;
+  asm volatile("ld.acquire.gpu.global.s32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+
+// By one thread, behind a barrier of those that have stored the unit.
+__device__ __forceinline__ void AnnounceUnit(int32_t* counters, int pass) {
+  Announce(counters + kDecodeEndedUnits + pass);
+}
+
+// By a warp: waits until `units` have been announced for the pass.
 template <int kTokenBlocks>
-__device__ __forceinline__ void AwaitPass(const int32_t* ended_units, int units, int pass) {
+__device__ __forceinline__ void AwaitPass(const int32_t* counters, int units, int pass) {
   using Shared = DecodeShared<kTokenBlocks>;
   const int lane = threadIdx.x % 32;
   uint32_t* const noted = Shared::Ended() + pass / 32;
@@ -33,18 +47,25 @@ __device__ __forceinline__ void AwaitPass(const int32_t* ended_units, int units,
          0) {
     const int own = pass / 32 * 32 + lane;
     int32_t count = 0;
-    if (own < Shared::NumPasses()) {
-      asm volatile("ld.acquire.gpu.global.s32 %0, [%1];"
-                   : "=r"(count)
-                   : "l"(ended_units + own)
-                   : "memory");
-    }
+    if (own < Shared::NumPasses()) count = Acquire(counters + kDecodeEndedUnits + own);
     const uint32_t ended = __ballot_sync(0xffffffffu, count == units);
     __threadfence_block();
     if (lane == 0 && ended != 0) atomicOr(noted, ended);
     __syncwarp();
   }
   __threadfence_block();
+}
+
+// By all threads of a block that has ended GEMM 2. Unlike a barrier of the grid it holds up only those
+// that have something to finalize, and nobody waits for an atomic's answer before polling.
+__device__ __forceinline__ void AnnounceBlock(int32_t* counters) {
+  __syncthreads();
+  if (threadIdx.x == 0) Announce(counters + kDecodeEndedBlocks);
+}
+
+__device__ __forceinline__ void AwaitBlocks(const int32_t* counters) {
+  while (Acquire(counters + kDecodeEndedBlocks) != gridDim.x) {
+  }
 }
 
 }  // namespace moe::sm80

@@ -23,8 +23,7 @@
 //
 // Activations are loaded with their weights, a batch ahead. Loaded when wanted, they took as long
 // as weights, though they are in L1 or L2: a multiprocessor's loads seem to end in the order in
-// which they began. And what shared memory a block takes is missing in L1, through which loads
-// pass on their way to registers: much of it slows them down.
+// which they began. And what shared memory a block takes is missing in L1, which all loads pass.
 
 #ifndef KERNELS_SM80_DECODE_GEMM_CUH_
 #define KERNELS_SM80_DECODE_GEMM_CUH_
@@ -141,7 +140,7 @@ class DecodeGemm {
 #pragma unroll 1
       for (int k = Plan().slice * kChunk; k < gemm_.k; k += kDepth * Slices() * kChunk) {
         if (k == Plan().asks_k && FirstLane()) {
-          handed_out = atomicAdd(counters_ + (kGemm1 ? 0 : 1), 1);
+          handed_out = atomicAdd(counters_ + kDecodeHandedOut + (kGemm1 ? 0 : 1), 1);
         }
         MultiplyBatch<0>(k, acc);
       }
@@ -157,7 +156,7 @@ class DecodeGemm {
       if (kGemm1 && Plan().awaited != 0) {
         // Behind this barrier nobody needs what the group's warps share, either.
         Barrier();
-        if (Asks()) AnnounceUnit(counters_ + 2, Plan().unit / ColumnUnits());
+        if (Asks()) AnnounceUnit(counters_, Plan().unit / ColumnUnits());
       }
       __syncwarp();
       if (FirstLane()) {
@@ -211,7 +210,7 @@ class DecodeGemm {
   __device__ __forceinline__ void Await(int pass) const {
     if constexpr (!kGemm1) {
       const int awaited = Plan().awaited;
-      if (awaited != 0) AwaitPass<kTokenBlocks>(counters_ + 2, awaited, pass);
+      if (awaited != 0) AwaitPass<kTokenBlocks>(counters_, awaited, pass);
     }
   }
 
@@ -410,12 +409,13 @@ class DecodeGemm {
   __device__ __forceinline__ void Finish(const float (&acc)[2][kTokenBlocks][4]) {
     float* sums = Shared::Sums() + Plan().buffer * kDecodeWarps * kWarpSums;
     Outputs::Keep(acc, sums + Warp() * kWarpSums);
+    const DecodePass pass = Shared::GetPass(Plan().unit / ColumnUnits());
+    const int first_column = Plan().unit % ColumnUnits() * kColumns;
+    const int thread = Slice() * 32 + threadIdx.x % 32;
+    const auto channel = Outputs::LoadScales(gemm_, pass, first_column, thread);
     Barrier();
-    const int unit = Plan().unit;
-    const DecodePass pass = Shared::GetPass(unit / ColumnUnits());
-    const int first_column = unit % ColumnUnits() * kColumns;
-    Outputs::Store(gemm_, pass, first_column, Slice() * 32 + threadIdx.x % 32, SlicesLog2(),
-                   sums + (Warp() - Slice()) * kWarpSums, slot_scale_);
+    Outputs::Store(gemm_, pass, first_column, thread, SlicesLog2(),
+                   sums + (Warp() - Slice()) * kWarpSums, channel, slot_scale_);
   }
 
   // What scales the thread's first output: asked for in time, for it may take as long as weights.

@@ -82,6 +82,13 @@ constexpr DecodeSplit SplitGemm2(const DecodeSplit& gemm1, int chunks, int units
   return split;
 }
 
+// What a layer counts in global memory: units that are handed out of GEMM 1 and of GEMM 2, blocks that
+// have ended theirs, units of GEMM 1 that have been stored, of each pass.
+inline constexpr int kDecodeHandedOut = 0;
+inline constexpr int kDecodeEndedBlocks = 2;
+inline constexpr int kDecodeEndedUnits = 3;
+constexpr int DecodeCounters(int slots) { return kDecodeEndedUnits + slots; }
+
 // The sums of a warp: [2 blocks of 16 rows][tokens][16 rows and 4 to spread them over the banks]
 // of float32; of a block's warps, twice.
 inline constexpr int kDecodePitch = 20;

@@ -12,8 +12,7 @@
 //   -- grid barrier; GEMM 2's first weights are loaded before it. None if units are handed out, where
 //      GEMM 2 follows GEMM 1 pass by pass                   (decode_follow.cuh) --
 //   GEMM 2     likewise; the rows of its output are slots
-//   -- grid barrier --
-//   finalize   each token's slots, added in order
+//   finalize   each token's slots, added in order, when all blocks have told that they have ended
 //
 // One block a multiprocessor, so that the launch may be cooperative wherever the chip is free.
 
@@ -31,16 +30,23 @@
 namespace moe::sm80 {
 namespace {
 
-// A thread takes eight columns of a token.
+// Once all blocks have ended their share of GEMM 2. A thread takes eight columns of a token.
 template <DType kDType, int kTokenBlocks>
 __device__ void Finalize(const DecodeLayer& layer) {
   constexpr int kRowsInFlight = 8;  // independent loads of a thread
   const GroupedGemm& gemm = layer.gemm[1];
   const int vectors = gemm.columns / 8;
   const int top_k = layer.gemm[0].top_k;
+  // The empty asm keeps the compiler from computing what follows before the GEMMs, which have no
+  // registers for it where a pass serves 16 tokens.
+  int thread = threadIdx.x;
+  if constexpr (kTokenBlocks > 1) asm volatile("" : "+r"(thread));
+  const int lane = thread % 32;
+  // Warps are numbered so that few go to as many multiprocessors.
+  int i = (thread / 32 * gridDim.x + blockIdx.x) * 32 + lane;
+  if (i - lane < layer.num_tokens * vectors) AwaitBlocks(layer.counters);
 #pragma unroll 1
-  for (int i = blockIdx.x * kDecodeThreads + threadIdx.x; i < layer.num_tokens * vectors;
-       i += gridDim.x * kDecodeThreads) {
+  for (; i < layer.num_tokens * vectors; i += gridDim.x * kDecodeThreads) {
     const int token = i / vectors;
     static_cast<uint4*>(layer.output)[i] = SumRows<kDType, kRowsInFlight>(
         top_k,
@@ -66,7 +72,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   const cooperative_groups::grid_group grid = cooperative_groups::this_grid();
 
   if (blockIdx.x == 0) {
-    const int counters = 2 + layer.num_tokens * layer.gemm[0].top_k;
+    const int counters = DecodeCounters(layer.num_tokens * layer.gemm[0].top_k);
     for (int i = threadIdx.x; i < counters; i += kDecodeThreads) layer.counters[i] = 0;
   }
   if (threadIdx.x < kDecodeMaxSlots / 32) DecodeShared<kTokenBlocks>::Ended()[threadIdx.x] = 0;
@@ -97,7 +103,7 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
     gemm.PrimeTokens();
     gemm.Run();
   }
-  grid.sync();
+  AnnounceBlock(layer.counters);
   if (layer.gemm[1].out_dtype == DType::kFloat16) {
     Finalize<DType::kFloat16, kTokenBlocks>(layer);
   } else {

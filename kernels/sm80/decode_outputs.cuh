@@ -40,11 +40,36 @@ class DecodeOutputs {
     }
   }
 
+  // The scales of the channels of a thread's outputs, which are all of one column, where weights have
+  // such scales. Of two, that of the up row comes first.
+  struct ChannelScales {
+    float scale[kGated ? 2 : 1];
+  };
+  // Loads them, before the barrier that Store() needs: they take as long as weights.
+  __device__ __forceinline__ static ChannelScales LoadScales(const GroupedGemm& gemm,
+                                                             const DecodePass& pass,
+                                                             int first_column, int thread) {
+    ChannelScales channel = {};
+    if constexpr (kKind == WeightKind::k8Bit) {
+      const int column = min(first_column + thread % kColumns, gemm.columns - 1);
+      int64_t row = static_cast<int64_t>(pass.expert) * gemm.columns * (kGated ? 2 : 1) + column;
+      if (thread < kColumns * pass.num_slots) {
+#pragma unroll
+        for (float& scale : channel.scale) {
+          scale = LoadAsFloat(gemm.weight_scales, row, gemm.weight_scale_dtype);
+          row += gemm.columns;
+        }
+      }
+    }
+    return channel;
+  }
+
   // Adds the sums of the 2^slices_log2 warps from `sums` on and stores the unit's outputs, by that
   // many warps' threads. `slot_scale` is that of the first output of `thread`.
   __device__ __forceinline__ static void Store(const GroupedGemm& gemm, const DecodePass& pass,
                                                int first_column, int thread, int slices_log2,
-                                               const float* sums, float slot_scale) {
+                                               const float* sums, const ChannelScales& channel,
+                                               float slot_scale) {
     const int64_t expert_row = static_cast<int64_t>(pass.expert) * gemm.columns * (kGated ? 2 : 1);
     DispatchActivation<kGated>(gemm.activation, [&](auto tag) {
       constexpr Activation kActivation = decltype(tag)::value;
@@ -58,14 +83,16 @@ class DecodeOutputs {
         const int64_t slot = DecodeShared<kTokenBlocks>::Slots()[pass.first_slot + token];
         float value;
         if constexpr (kGated) {
-          const float up = Channel(gemm, expert_row + column, Add(p, slices_log2));
-          const float gate = Channel(gemm, expert_row + gemm.columns + column,
-                                     Add(p + kTokens * kDecodePitch, slices_log2));
+          const float up =
+              Channel(gemm, expert_row + column, Add(p, slices_log2), channel.scale[0]);
+          const float gate =
+              Channel(gemm, expert_row + gemm.columns + column,
+                      Add(p + kTokens * kDecodePitch, slices_log2), channel.scale[1]);
           value = ApplyGated<kActivation>(gate, up, LoadActivationScalars(gemm, pass.expert));
         } else {
-          value = Apply<kActivation>(
-              Channel(gemm, expert_row + column,
-                      Add(p + in_unit / 16 * kTokens * kDecodePitch, slices_log2)));
+          value = Apply<kActivation>(Channel(
+              gemm, expert_row + column,
+              Add(p + in_unit / 16 * kTokens * kDecodePitch, slices_log2), channel.scale[0]));
           if (gemm.slot_scales != nullptr) {
             value *= i == thread ? slot_scale : __ldg(gemm.slot_scales + slot);
           }
@@ -86,11 +113,9 @@ class DecodeOutputs {
   }
 
   // A sum with its channel's scale and bias.
-  __device__ static float Channel(const GroupedGemm& gemm, int64_t row, float sum) {
+  __device__ static float Channel(const GroupedGemm& gemm, int64_t row, float sum, float scale) {
     sum *= kUnscale<Element, kKind>;
-    if constexpr (kKind == WeightKind::k8Bit) {
-      sum *= LoadAsFloat(gemm.weight_scales, row, gemm.weight_scale_dtype);
-    }
+    if constexpr (kKind == WeightKind::k8Bit) sum *= scale;
     if (gemm.bias != nullptr) sum += LoadAsFloat(gemm.bias, row, gemm.bias_dtype);
     return sum;
   }
