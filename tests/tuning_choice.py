@@ -121,6 +121,21 @@ def test_the_choice_goes_with_the_tokens(weights: str) -> None:
             assert tactics[high].tile_m >= 64, name
 
 
+@pytest.mark.parametrize("weights", ["same", "int8", "int4_128", "int4_64"])
+def test_few_tokens_take_one_launch(weights: str) -> None:
+    """As timed: up to 8 tokens the layer in one launch was the faster one in every model and format."""
+    tactics = C.tactics("sm80", weight_format=FORMATS[weights][0])
+    measured = [model for model in MODELS if model in {c["model"] for c in timed()}]
+    assert len(measured) >= 4, "too few models to say anything"
+    for name in measured:
+        shape = MODELS[name]
+        if FORMATS[weights][1] and shape.hidden_size % FORMATS[weights][1]:
+            continue
+        for tokens in range(1, 9):
+            first, _ = C.choose_tactics("sm80", problem_of(shape, weights, tokens), **H200)
+            assert tactics[first].whole_layer, f"{name}, {tokens} tokens: {tactics[first].name}"
+
+
 @functools.cache
 def timed() -> list[dict[str, Any]]:
     """Layers on an H200 with each tactic's time; docs/measurements/README.md has the keys."""

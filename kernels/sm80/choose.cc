@@ -78,8 +78,8 @@ constexpr double kTilesOverhead = 8.5;
 constexpr double kLayerStart = 11.0;  // us
 // TB/s of the whole chip, by kernel, then bits of a weight.
 constexpr double kDecodeBandwidths[][3] = {
-    {4.45, 4.12, 3.06},
-    {4.35, 3.77, 2.41},
+    {4.45, 4.16, 3.06},
+    {4.42, 3.77, 2.41},
 };
 static_assert(sizeof(kDecodeBandwidths) / sizeof(kDecodeBandwidths[0]) == kNumDecodeKernels,
               "one row each");
@@ -198,10 +198,11 @@ TileChoice BestTile(const Problem& problem, bool gated, int columns, int k, cons
 
 // How much longer a GEMM of the whole-layer kernel takes for its units of work (decode_gemm.cuh),
 // which its groups of warps do not share evenly. Where some have one more than others, those have
-// the bandwidth to themselves in the end: of the time that all would take, about half shows.
+// the bandwidth to themselves in the end: of the time that all would take, about half shows. Where
+// some have none, the others keep it busy.
 double UnevenUnits(const DecodeSplit& split, int workers) {
   const double turns = static_cast<double>(split.units) * (1 << split.slices_log2) / workers;
-  return (turns + Ceil(turns)) / (2.0 * turns);
+  return turns <= 1.0 ? 1.0 : (turns + Ceil(turns)) / (2.0 * turns);
 }
 
 double DecodeMicroseconds(int kernel, const Problem& problem, const Device& device) {
@@ -211,14 +212,15 @@ double DecodeMicroseconds(int kernel, const Problem& problem, const Device& devi
   const int hidden = problem.hidden_size;
   const int intermediate = problem.intermediate_size;
   const int workers = kDecodeWarps * device.multiprocessors;
-  const int batch = DecodeBatch(kind, kDecodeTokenBlocks[kernel]);
+  const int blocks = kDecodeTokenBlocks[kernel];
   const auto chunks = [&](int k) { return (k + DecodeChunk(kind) - 1) / DecodeChunk(kind); };
   const auto units = [&](int rows) {
     return static_cast<int>(passes * ((rows + kDecodeRows - 1) / kDecodeRows));
   };
-  const DecodeSplit split1 = SplitGemm1(chunks(hidden), units(problem.fc1_rows()), workers, batch);
+  const DecodeSplit split1 =
+      SplitGemm1(kind, blocks, chunks(hidden), units(problem.fc1_rows()), workers);
   const DecodeSplit split2 =
-      SplitGemm2(split1, chunks(intermediate), units(hidden), workers, batch);
+      SplitGemm2(kind, blocks, split1, chunks(intermediate), units(hidden), workers);
   // GEMM 2 that follows fills the time in which some have no more of GEMM 1.
   const double uneven1 = Follows(split1, split2) ? 1.0 : UnevenUnits(split1, workers);
   const double weights =

@@ -31,11 +31,14 @@ constexpr int DecodeBatch(WeightKind kind, int token_blocks) {
 
 // Warps that share a unit of work (decode_gemm.cuh) of so many chunks, as the power of two that they
 // are: as many as leave each at most `most` chunks; more where units are few. `workers` are the
-// warps of all blocks.
+// warps of all blocks. (What a loop would look for is counted: the kernel would wait for each turn.)
 constexpr int DecodeSlicesLog2(int most, int chunks, int units, int workers) {
-  int log2 = 0;
-  while (log2 < 4 && most << log2 < chunks) ++log2;
-  while (log2 < 4 && 2 << log2 <= chunks && 2 * units < workers >> log2) ++log2;
+  int by_chunks = 0, by_units = 0;
+  for (int log2 = 0; log2 < 4; ++log2) {
+    by_chunks += most << log2 < chunks ? 1 : 0;
+    by_units += 2 << log2 <= chunks && 2 * units < workers >> log2 ? 1 : 0;
+  }
+  const int log2 = by_chunks > by_units ? by_chunks : by_units;
   // Where few groups would have a second unit, all get one.
   const int groups = workers >> log2;
   return log2 > 0 && units > groups && 2 * units <= 3 * groups ? log2 - 1 : log2;
@@ -55,11 +58,34 @@ constexpr bool IsLongUnit(const DecodeSplit& split, int batch) {
   return split.chunks > (batch + 1) << split.slices_log2;
 }
 
-// GEMM 1, which is to read in long runs. (Qwen3-30B, 8 tokens, 16-bit weights: 4, 8 and 16 chunks a
-// warp took 139, 124 and 134 us.) `batch` is DecodeBatch.
-constexpr DecodeSplit SplitGemm1(int chunks, int units, int workers, int batch) {
-  DecodeSplit split{chunks, units, DecodeSlicesLog2(15, chunks, units, workers), false};
-  split.hands_out = units > 2 * (workers >> split.slices_log2) && IsLongUnit(split, batch);
+// The slices of GEMM 1, which is to read in long runs. (Qwen3-30B, 8 tokens, 16-bit weights: 4, 8 and
+// 16 chunks a warp took 139, 124 and 134 us.) What departs from DecodeSlicesLog2 comes from timing all
+// numbers of slices, six models and 1 to 8 tokens (docs/measurements.md).
+constexpr int Gemm1SlicesLog2(WeightKind kind, int chunks, int units, int workers) {
+  const int log2 = DecodeSlicesLog2(15, chunks, units, workers);
+  // Two warps may take up to 32 chunks where groups have enough units all the same: INT4, Mixtral, 1
+  // token 63.9 us instead of 71.6; INT8, Qwen3-Next, 8 tokens 68.1 instead of 69.1.
+  const int half_turns = HasGroups(kind) ? 3 : 4;
+  if (WeightBits(kind) < 16 && log2 == 2 && chunks <= 32 &&
+      2 * units > half_turns * (workers / 2)) {
+    return 1;
+  }
+  // One long turn of all units takes less than three short ones, of which the last is not full: 16-bit
+  // weights, Qwen3-Next, 2 tokens 40.4 us instead of 43.0.
+  const int groups = workers >> log2;
+  if (units > 2 * groups && units <= 3 * groups) {
+    int fewer = 0;
+    for (int i = 1; i < 4; ++i) fewer += units <= workers >> i ? 1 : 0;
+    if (units <= workers && chunks <= 32 << fewer) return fewer;
+  }
+  return log2;
+}
+
+constexpr DecodeSplit SplitGemm1(WeightKind kind, int token_blocks, int chunks, int units,
+                                 int workers) {
+  DecodeSplit split{chunks, units, Gemm1SlicesLog2(kind, chunks, units, workers), false};
+  split.hands_out = units > 2 * (workers >> split.slices_log2) &&
+                    IsLongUnit(split, DecodeBatch(kind, token_blocks));
   return split;
 }
 
@@ -70,15 +96,15 @@ constexpr bool Follows(const DecodeSplit& gemm1, const DecodeSplit& gemm2) {
 }
 
 // GEMM 2, whose units are the last ones: where there are many, they are to be short.
-constexpr DecodeSplit SplitGemm2(const DecodeSplit& gemm1, int chunks, int units, int workers,
-                                 int batch) {
+constexpr DecodeSplit SplitGemm2(WeightKind kind, int token_blocks, const DecodeSplit& gemm1,
+                                 int chunks, int units, int workers) {
   DecodeSplit split{chunks, units, DecodeSlicesLog2(15, chunks, units, workers), false};
   int more = DecodeSlicesLog2(7, chunks, units, workers);
   if (Follows(gemm1, split) && more > gemm1.slices_log2) more = gemm1.slices_log2;
   const bool many = Follows(gemm1, split) || units > 2 * (workers >> more);
   if (more > split.slices_log2 && many) split.slices_log2 = more;
   split.hands_out = (units > 2 * (workers >> split.slices_log2) || Follows(gemm1, split)) &&
-                    IsLongUnit(split, batch);
+                    IsLongUnit(split, DecodeBatch(kind, token_blocks));
   return split;
 }
 

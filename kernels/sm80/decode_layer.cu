@@ -78,10 +78,10 @@ __global__ void __launch_bounds__(kDecodeThreads, 1)
   if (threadIdx.x < kDecodeMaxSlots / 32) DecodeShared<kTokenBlocks>::Ended()[threadIdx.x] = 0;
   Route<kTokenBlocks>(layer);
   const int workers = kDecodeWarps * static_cast<int>(gridDim.x);
-  const DecodeSplit split1 =
-      SplitGemm1(Gemm1::Chunks(layer.gemm[0]), Gemm1::Units(layer.gemm[0]), workers, Gemm1::kDepth);
-  const DecodeSplit split2 = SplitGemm2(split1, Gemm2::Chunks(layer.gemm[1]),
-                                        Gemm2::Units(layer.gemm[1]), workers, Gemm2::kDepth);
+  const DecodeSplit split1 = SplitGemm1(kKind, kTokenBlocks, Gemm1::Chunks(layer.gemm[0]),
+                                        Gemm1::Units(layer.gemm[0]), workers);
+  const DecodeSplit split2 = SplitGemm2(kKind, kTokenBlocks, split1, Gemm2::Chunks(layer.gemm[1]),
+                                        Gemm2::Units(layer.gemm[1]), workers);
   const bool follows = Follows(split1, split2);
   {
     Gemm1 gemm(layer.gemm[0], split1, follows, layer.counters, weight_flip);
