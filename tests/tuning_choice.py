@@ -123,7 +123,7 @@ def test_the_choice_goes_with_the_tokens(weights: str) -> None:
 
 @pytest.mark.parametrize("weights", ["same", "int8", "int4_128", "int4_64"])
 def test_few_tokens_take_one_launch(weights: str) -> None:
-    """As timed: up to 8 tokens the layer in one launch was the faster one in every model and format."""
+    """As timed: up to 8 tokens one launch was the faster way in every model and format."""
     tactics = C.tactics("sm80", weight_format=FORMATS[weights][0])
     measured = [model for model in MODELS if model in {c["model"] for c in timed()}]
     assert len(measured) >= 4, "too few models to say anything"
