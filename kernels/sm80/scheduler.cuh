@@ -7,6 +7,11 @@
 // They shift by one from turn to turn because an expert's row tiles follow each other and the last
 // of them may be nearly empty: by strides of the grid (132 or 264 on an H200, 108 or 216 on an A100)
 // a block would get the same one of 2, 3 or 4 each time, and some blocks only full ones.
+//
+// In the last turn there is not one for each block. Where a multiprocessor holds one block, it goes
+// the other way around: experts are sorted by rows (moe/routing.cu), and who had the last items of
+// the turn before, the least full, goes on. With two or more that share one, it gained as much in
+// some layers as it lost in others.
 
 #ifndef KERNELS_SM80_SCHEDULER_CUH_
 #define KERNELS_SM80_SCHEDULER_CUH_
@@ -91,7 +96,7 @@ class TileQueue {
         words_(reinterpret_cast<uint32_t*>(items_ + kQueueItems)) {
     const auto items = static_cast<uint32_t>(Schedule(gemm).work_items);
     const uint32_t whole = items / gridDim.x;  // turns of all blocks; some have one more
-    turns_ = static_cast<int32_t>(whole + (Work(whole) < items ? 1 : 0));
+    turns_ = static_cast<int32_t>(whole + (Work(whole, items) < items ? 1 : 0));
     if (threadIdx.x < kBatch) Decode(threadIdx.x);
     __syncthreads();
     if constexpr (kHasWords) {
@@ -147,15 +152,19 @@ class TileQueue {
 
   __device__ static bool OwnsRow() { return T::kThreads == T::kTile.m || threadIdx.x < T::kTile.m; }
 
-  // The number of a turn's item. Not of the block where it passes the last one.
-  __device__ static uint32_t Work(uint32_t turn) {
-    return turn * gridDim.x + (blockIdx.x + turn) % gridDim.x;
+  // The number of a turn's item, of `items`. Not of the block where it passes the last one.
+  __device__ static uint32_t Work(uint32_t turn, uint32_t items) {
+    const uint32_t first = turn * gridDim.x;
+    const bool whole = items - first >= gridDim.x;
+    if (T::kBlocks > 1 || whole) return first + (blockIdx.x + turn) % gridDim.x;
+    return first + gridDim.x - 1 - (blockIdx.x + turn + gridDim.x - 1) % gridDim.x;
   }
 
   __device__ void Decode(int32_t turn) {
     if (turn >= turns_) return;
-    const auto work = static_cast<int32_t>(Work(turn));
-    items_[turn % kQueueItems] = Schedule(gemm_).Decode(work);
+    const Schedule schedule(gemm_);
+    const uint32_t work = Work(turn, static_cast<uint32_t>(schedule.work_items));
+    items_[turn % kQueueItems] = schedule.Decode(static_cast<int32_t>(work));
   }
 
   // Of the thread's row. Where it has none, any slot will do.
