@@ -88,6 +88,46 @@ def measure(calls: Sequence[Call], seconds: float, fewest: int = 5) -> Timing:
     return timing
 
 
+def measure_in_turns(
+    groups: Sequence[Sequence[Call]], seconds: float, fewest: int = 5
+) -> list[list[float]]:
+    """Times groups of calls against each other, on a chip whose clock changes with its load.
+
+    Args:
+        groups: what `measure` takes, each captured in a graph of its own.
+        seconds: about how long to measure, all groups together.
+        fewest: the fewest rounds.
+
+    Returns:
+        For each group the seconds a call, round by round. A round replays each group once; the one
+        that begins changes from round to round.
+    """
+    cuda = torch.cuda.is_available()
+    graphs = [capture(calls) for calls in groups] if cuda else []
+
+    def once(index: int) -> float:
+        if cuda:
+            (taken,) = _replay_seconds(graphs[index], 1)
+        else:
+            start = time.perf_counter()
+            for call in groups[index]:
+                call()
+            taken = time.perf_counter() - start
+        return taken / len(groups[index])
+
+    numbers = range(len(groups))
+    start = time.perf_counter()
+    for index in numbers:
+        once(index)
+    rounds = max(fewest, min(200, int(seconds / max(time.perf_counter() - start, 1e-6))))
+    result: list[list[float]] = [[] for _ in numbers]
+    for turn in range(rounds):
+        for step in numbers:
+            index = (turn + step) % len(groups)
+            result[index].append(once(index))
+    return result
+
+
 def _measure_cpu(calls: Sequence[Call], seconds: float) -> Timing:
     times: list[float] = []
     begin = time.perf_counter()

@@ -14,6 +14,7 @@
 #     int8      the same with INT8 weights
 #     int4      the same with INT4 weights
 #     zipf      two models with skewed routing
+#     formats   from 512 tokens: INT8, INT4 and 16-bit weights in turns in one program
 #     account   where the time goes: each launch of four cells
 #     summary   bench16, int8, int4 and zipf, as far as OUT has them: ours over the best peer's
 #     sanitize  the sanitizer cases under memcheck and racecheck
@@ -72,7 +73,7 @@ if [ -z "${CONFIG:-}" ]; then
 fi
 # shellcheck disable=SC2206  # words
 flags=(--config="$CONFIG" --config=gpu ${BAZEL_FLAGS:-})
-programs=(//tools/bench:moe //demo:demo)
+programs=(//tools/bench:moe //tools/bench:formats //demo:demo)
 tests=(//tests:sm80_moe //tests:sm80_machine_code)
 
 build() { "$BAZEL" build "${flags[@]}" "${tests[@]}" "${programs[@]}"; }
@@ -102,6 +103,11 @@ bench() {
   "$BAZEL" build "${flags[@]}" //tools/bench:moe &&
     bazel-bin/tools/bench/moe --json="$out/$name.json" --table="$out/$name.md" "$@" \
       ${BENCH_FLAGS:-}
+}
+
+formats() {
+  "$BAZEL" build "${flags[@]}" //tools/bench:formats &&
+    bazel-bin/tools/bench/formats --json="$out/formats.json" --table="$out/formats.md"
 }
 
 with_peers() {
@@ -139,7 +145,7 @@ failed=0
 } > "$out/summary.txt" 2>&1
 cat "$out/summary.txt"
 if [ $# -eq 0 ]; then
-  set -- build test code demo bench16 int8 int4 zipf account summary sanitize
+  set -- build test code demo bench16 int8 int4 zipf formats account summary sanitize
 fi
 for name in "$@"; do
   case $name in
@@ -152,6 +158,7 @@ for name in "$@"; do
     int4) phase int4 with_peers int4 --weights=int4 ;;
     mxfp4) phase mxfp4 bench mxfp4 --weights=mxfp4 --backends=sm80 ;;
     zipf) phase zipf with_peers zipf --routing=zipf --models=Mixtral-8x7B,Qwen3-30B-A3B ;;
+    formats) phase formats formats ;;
     account)
       phase account bench account --account \
         --cells=Mixtral-8x7B@16384,Qwen3-30B-A3B@1,Qwen3-30B-A3B@64,Qwen3-30B-A3B@4096
