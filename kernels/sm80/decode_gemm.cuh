@@ -192,6 +192,7 @@ class DecodeGemm {
   // Whether units are handed out as groups come for them.
   __device__ bool HandsOut() const { return Plan().stride == 0; }
   __device__ static bool FirstLane() { return threadIdx.x % 32 == 0; }
+
   __device__ static int Warp() { return threadIdx.x / 32; }
   __device__ int Slices() const { return slices_; }
   __device__ int SlicesLog2() const { return 31 - __clz(slices_); }
@@ -382,9 +383,7 @@ class DecodeGemm {
 
   __device__ __forceinline__ void Multiply(const Raw& raw, int k,
                                            float (&acc)[2][kTokenBlocks][4]) {
-    if constexpr (kInTwoTerms<Element, kKind, kTokenBlocks>) {
-      MultiplyTwoTerms<Element>(raw.row, raw.token, context_.flip, acc);
-    } else if constexpr (kTokensAhead) {
+    if constexpr (kTokensAhead) {
       const WeightContext<Element, kKind> context[4] = {context_, context_, context_, context_};
       MultiplyScaleWeights<Element, kKind>(raw.row, raw.token, true, context, acc);
     } else {
@@ -434,7 +433,8 @@ class DecodeGemm {
   WeightContext<Element, kKind> context_;  // where weights have no groups
   int slices_;                             // a power of two
   Raw batch_[kDepth] = {};
-  int load_k_;  // where the loads are
+  // Where the loads are.
+  int load_k_;
   // A vector is 16 bytes of weights.
   const uint4* vector_;         // the lane's, of its first row
   uint32_t to_vector_[3] = {};  // how many vectors its others are further on

@@ -18,25 +18,18 @@
 
 namespace moe::sm80 {
 
-// c += weights * tokens, for 16 rows of weights, a[upper, lower half][pair], and 4 of k a lane.
-template <typename Element>
-__device__ __forceinline__ void MultiplyStep(const uint32_t (&a)[2][2], const uint32_t* b,
-                                             float (&c)[4]) {
-  Mma<Element>::fma(c[0], c[1], c[2], c[3], a[0][0], a[1][0], a[0][1], a[1][1], b[0], b[1], c[0],
-                    c[1], c[2], c[3]);
-}
-
-// The same for 8 of k a lane and all tokens.
+// acc += weights * tokens, for 16 rows of weights, a[upper, lower half][pair], and 8 of k a lane.
 template <typename Element, int kTokenBlocks>
-__device__ __forceinline__ void MultiplySteps(const uint32_t (&a)[2][4],
-                                              const uint32_t (&b)[kTokenBlocks][4],
-                                              float (&acc)[kTokenBlocks][4]) {
+__device__ __forceinline__ void MultiplyStep(const uint32_t (&a)[2][4],
+                                             const uint32_t (&b)[kTokenBlocks][4],
+                                             float (&acc)[kTokenBlocks][4]) {
 #pragma unroll
   for (int t = 0; t < kTokenBlocks; ++t) {
+    float(&c)[4] = acc[t];
 #pragma unroll
     for (int i = 0; i < 4; i += 2) {
-      const uint32_t pairs[2][2] = {{a[0][i], a[0][i + 1]}, {a[1][i], a[1][i + 1]}};
-      MultiplyStep<Element>(pairs, b[t] + i, acc[t]);
+      Mma<Element>::fma(c[0], c[1], c[2], c[3], a[0][i], a[1][i], a[0][i + 1], a[1][i + 1], b[t][i],
+                        b[t][i + 1], c[0], c[1], c[2], c[3]);
     }
   }
 }
@@ -85,31 +78,8 @@ __device__ __forceinline__ void MultiplyScaleWeights(
           }
         }
       }
-      MultiplySteps<Element>(a, b, acc[block]);
+      MultiplyStep<Element>(a, b, acc[block]);
     }
-  }
-}
-
-// The same for 8-bit weights in two terms (kInTwoTerms).
-template <typename Element, typename Tokens>
-__device__ __forceinline__ void MultiplyTwoTerms(const uint4 (&rows)[2][2], const Tokens& tokens,
-                                                 uint32_t flip, float (&acc)[2][1][4]) {
-#pragma unroll
-  for (int word = 0; word < 4; ++word) {
-    uint32_t b[2];
-    SpreadToken(tokens[0][word / 2], word % 2, b);
-    uint32_t low[2][2][2], sign[2][2][2];
-#pragma unroll
-    for (int block = 0; block < 2; ++block) {
-#pragma unroll
-      for (int half = 0; half < 2; ++half) {
-        SpreadBytes(Word(rows[block][half], word), flip, low[block][half], sign[block][half]);
-      }
-    }
-#pragma unroll
-    for (int block = 0; block < 2; ++block) MultiplyStep<Element>(low[block], b, acc[block][0]);
-#pragma unroll
-    for (int block = 0; block < 2; ++block) MultiplyStep<Element>(sign[block], b, acc[block][0]);
   }
 }
 
@@ -154,7 +124,7 @@ __device__ __forceinline__ void MultiplyScaleSums(const uint4 (&rows)[2][2],
       for (int half = 0; half < 2; ++half) {
         SpreadInt4(Word(rows[block][half], step), Element{}, a[half]);
       }
-      MultiplySteps<Element>(a, b, sum[block]);
+      MultiplyStep<Element>(a, b, sum[block]);
     }
   }
   if constexpr (kExcess) {

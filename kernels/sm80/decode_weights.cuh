@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Stored weights to 16-bit floats for the few-token layer, which may take k in any order: weights go
-// to pairs that are not neighbours. 4-bit weight i goes with i + 4, 8-bit weight i with i + 2, which
-// lie 16 bits apart in the word, so shifts and masks are all that moves them, and the tokens are put
+// 4-bit weights to 16-bit floats for the few-token layer, which may take k in any order: eight
+// weights go to four pairs that are not neighbours. Weight i goes with i + 4, which lies 16 bits
+// apart from it in the word, so shifts and masks are all that moves them, and the tokens are put
 // into the same order, once for all rows. (dequantize.cuh keeps the order, for which each pair is
 // put together by a permutation of bytes. These and shifts, masks and comparisons share a pipe of
 // half the issue rate.)
 //
 // Operations a weight, and those on that pipe:
-//   8 bits in two terms                        bf16: 1.25, 1.25 (dequantize.cuh: 2, 1.5)
 //   INT4   times its scale    fp16: 1.6, 0.6   bf16: 1.9, 0.9
 //          as it is           fp16: 1.1, 0.6   bf16: 0.9, 0.9
 //   MXFP4  times its scale    2.4, 1.3: a multiplier shifts to the left
@@ -37,40 +36,12 @@ __device__ inline void LoadOnce(const uint4* p, bool wanted, uint4& v) {
       : "l"(p), "r"(static_cast<int>(wanted)));
 }
 
-// Eight values of a token, in the order of 4-bit weights.
+// Eight values of a token, in the weights' order.
 __device__ inline void SpreadToken(const uint4& v, uint32_t (&pair)[4]) {
   pair[0] = __byte_perm(v.x, v.z, 0x5410);
   pair[1] = __byte_perm(v.x, v.z, 0x7632);
   pair[2] = __byte_perm(v.y, v.w, 0x5410);
   pair[3] = __byte_perm(v.y, v.w, 0x7632);
-}
-// Four of them, the lower or the upper ones, in the order of 8-bit weights in two terms.
-__device__ inline void SpreadToken(const uint4& v, bool upper, uint32_t (&pair)[2]) {
-  const uint2 four = upper ? make_uint2(v.z, v.w) : make_uint2(v.x, v.y);
-  pair[0] = __byte_perm(four.x, four.y, 0x5410);
-  pair[1] = __byte_perm(four.x, four.y, 0x7632);
-}
-
-// Whether weights become two terms, whose products with the tokens the tensor cores, which are idle
-// most of the time here, add up: q = (128 + low) - (128 + 128 * sign), as in DequantizeBytes. fp16
-// needs a subtraction only. With two blocks of tokens there are twice as many products, and too few
-// registers: the sm_80 code spilled.
-template <typename Element, WeightKind kKind, int kTokenBlocks>
-inline constexpr bool kInTwoTerms =
-    kKind == WeightKind::k8Bit && std::is_same_v<Element, __nv_bfloat16> && kTokenBlocks == 1;
-
-// Four bytes to both terms; `flip` is that of ByteContext. Both are exact, and their products cancel
-// within one step of the product, so that sums keep their precision. (An infinite activation gives
-// NaN, which it does anyway where a weight is 0.)
-__device__ inline void SpreadBytes(uint32_t word, uint32_t flip, uint32_t (&low)[2],
-                                   uint32_t (&sign)[2]) {
-  const uint32_t minus = flip ^ 0xc300c300u;  // -128, or -256 where the bit is set
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    const uint32_t spread = word >> 8 * i;
-    low[i] = MaskOr<0x007f007fu>(spread, 0x43004300u);
-    sign[i] = MaskFlip<0x00800080u>(spread, minus);
-  }
 }
 
 // Eight INT4 weights u = q + 8, as q + kInt4Excess.
