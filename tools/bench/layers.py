@@ -15,6 +15,16 @@ from fused_moe.reference import reference_moe
 
 DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 
+# What is measured where nothing else is asked for: names that find_model() takes.
+MEASURED_MODELS = (
+    "Mixtral-8x7B",
+    "Qwen3-30B-A3B",
+    "DeepSeek-V2-Lite",
+    "Qwen3-Next-80B-A3B",
+    "gpt-oss-20b-sizes",
+    "DeepSeek-V3-TP8",
+)
+
 
 @dataclasses.dataclass(frozen=True)
 class Model:

@@ -35,19 +35,12 @@ import summary
 import timing
 from cells import Settings, key_of
 from floors import Ceilings
-from layers import DTYPES, Weights, find_model, make_layers, make_weights
+from layers import DTYPES, MEASURED_MODELS, Weights, find_model, make_layers, make_weights
 from ours import Ours
 
 _MODELS = flags.DEFINE_list(
     "models",
-    [
-        "Mixtral-8x7B",
-        "Qwen3-30B-A3B",
-        "DeepSeek-V2-Lite",
-        "Qwen3-Next-80B-A3B",
-        "gpt-oss-20b-sizes",
-        "DeepSeek-V3-TP8",
-    ],
+    list(MEASURED_MODELS),
     "Names of fused_moe.models; NAME-TP8 is one of 8 shards, NAME-sizes has Swiglu, no biases.",
 )
 _TOKENS = flags.DEFINE_list("tokens", ["1", "8", "64", "512", "4096", "16384"], "Rows of x.")

@@ -28,21 +28,13 @@ from fused_moe import autotune, cutlass_fused_moe, tuning
 from fused_moe.arguments import check_call
 from fused_moe.signature import sign
 from fused_moe.tuning.keys import WEIGHT_FORMATS, default_buckets
-from layers import DTYPES, Model, find_model, make_weights
+from layers import DTYPES, MEASURED_MODELS, Model, find_model, make_weights
 
-_SIX = (
-    "Mixtral-8x7B",
-    "Qwen3-30B-A3B",
-    "DeepSeek-V2-Lite",
-    "Qwen3-Next-80B-A3B",
-    "gpt-oss-20b-sizes",
-    "DeepSeek-V3-TP8",
-)
 _REPORT_TOKENS = (1, 8, 64, 512, 4096, 16384)
 
 _MODEL = flags.DEFINE_list(
     "model",
-    list(_SIX),
+    list(MEASURED_MODELS),
     "Names of fused_moe.models; NAME-TP8 is one of 8 shards, NAME-sizes has Swiglu, no biases.",
 )
 _TOKENS = flags.DEFINE_list(
